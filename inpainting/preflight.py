@@ -1,0 +1,201 @@
+"""What is checked before anything is loaded: combinations that can't work, or do nothing."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from inpainting.base import BaseConfig
+
+logger = logging.getLogger(__name__)
+
+DEEPSPEED_STRATEGIES = (
+    "deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload",
+    "deepspeed_stage_3", "deepspeed_stage_3_offload",
+)  # fmt: skip
+STRATEGIES = ("auto", "ddp", *DEEPSPEED_STRATEGIES, "fsdp")
+
+
+def check_flags(args: argparse.Namespace) -> list[str]:
+    """Refuse what can't work by the flags alone, without importing torch.
+
+    Returns:
+        warnings: one line for each flag that has no effect.
+
+    Raises:
+        ValueError, FileNotFoundError: in the words of the flags.
+    """
+    _check_ranges(args)
+    _check_paths(args)
+    is_deepspeed = args.strategy in DEEPSPEED_STRATEGIES
+    if args.find_lr and (is_deepspeed or args.strategy == "fsdp"):
+        raise ValueError(
+            f"--find_lr must run without DeepSpeed or FSDP, got --strategy {args.strategy}. "
+            "Search on one device: --strategy auto --devices 1."
+        )
+    if args.find_lr and args.resume_from_checkpoint:
+        raise ValueError("--find_lr starts from fresh weights, got --resume_from_checkpoint too.")
+    shards_parameters = args.strategy.startswith("deepspeed_stage_3") or args.strategy == "fsdp"
+    if args.ema_decay and shards_parameters:
+        raise ValueError(
+            f"--ema_decay needs whole parameters on each device, got --strategy {args.strategy}. "
+            "Use --strategy deepspeed_stage_2 or ddp."
+        )
+    if args.controlnet_weights and args.resume_from_checkpoint:
+        raise ValueError(
+            "--controlnet_weights starts a new run and --resume_from_checkpoint goes on with an "
+            "old one, got both. Drop one of them."
+        )
+    if args.early_stopping_patience and args.val_split == 0:
+        raise ValueError(
+            "--early_stopping_patience watches val/loss, got --val_split 0. Set --val_split 0.05."
+        )
+    if is_deepspeed and args.accelerator in ("cpu", "mps", "tpu"):
+        raise ValueError(
+            f"--strategy {args.strategy} needs CUDA, got --accelerator {args.accelerator}. "
+            "Use --strategy ddp."
+        )
+    if "object" in args.mask_types and len(args.mask_types) == 1 and not args.ann_file:
+        raise ValueError(
+            "--mask_types object needs instance masks, got no --ann_file. Name the instances json."
+        )
+    return _warnings(args)
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    for name, least in (
+        ("batch_size", 1), ("num_workers", 0), ("num_epochs", 1), ("max_steps", -1),
+        ("accumulate_grad_batches", 1), ("save_every_n_epochs", 1), ("save_every_n_steps", 1),
+        ("save_top_k", -1), ("log_every_n_steps", 1), ("log_images_every_n_steps", 0),
+        ("lr_warmup_steps", 0), ("num_nodes", 1), ("overfit_batches", 0), ("seed", 0),
+    ):  # fmt: skip
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
+    if args.max_steps == 0:
+        raise ValueError("--max_steps must be positive, or -1 for no limit, got 0.")
+    for name in ("val_split", "empty_prompt_prob"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name} must be in [0, 1], got {getattr(args, name)}.")
+    if args.val_split == 1:
+        raise ValueError("--val_split must leave pictures to train on, got 1. Try 0.05.")
+    if not args.learning_rate > 0:
+        raise ValueError(f"--learning_rate must be positive, got {args.learning_rate}. Try 1e-5.")
+    if args.adam_weight_decay < 0:
+        raise ValueError(f"--adam_weight_decay must be at least 0, got {args.adam_weight_decay}.")
+    if args.gradient_clip_val < 0:
+        raise ValueError(f"--gradient_clip_val must be at least 0, got {args.gradient_clip_val}.")
+    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
+        raise ValueError(f"--ema_decay must be between 0 and 1, got {args.ema_decay}. Try 0.9999.")
+    if args.snr_gamma is not None and not args.snr_gamma > 0:
+        raise ValueError(f"--snr_gamma must be positive, got {args.snr_gamma}. Try 5.")
+    if args.early_stopping_patience is not None and args.early_stopping_patience < 1:
+        raise ValueError(
+            f"--early_stopping_patience must be at least 1, got {args.early_stopping_patience}."
+        )
+    if args.limit_train_batches is not None and not args.limit_train_batches > 0:
+        raise ValueError(
+            f"--limit_train_batches must be positive, got {args.limit_train_batches}: "
+            "a number of batches (10) or a share (0.1)."
+        )
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    if args.image_dir and not Path(args.image_dir).is_dir():
+        raise FileNotFoundError(
+            f"--image_dir must be a folder that exists, got {args.image_dir}. Check the path."
+        )
+    for name in ("ann_file", "caption_file", "controlnet_weights"):
+        value = getattr(args, name)
+        if value and not Path(value).exists():
+            raise FileNotFoundError(f"--{name} must exist, got {value}. Check the path.")
+        if value and not args.image_dir and name != "controlnet_weights":
+            raise ValueError(f"--{name} needs --image_dir, got none. Name the pictures' folder.")
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise NotADirectoryError(f"--output_dir must be a folder, got the file {args.output_dir}.")
+
+
+def _warnings(args: argparse.Namespace) -> list[str]:
+    """Name the flags that have no effect here."""
+    warnings = []
+    if args.image_dir and not args.ann_file:
+        warnings.append("no --ann_file: there are no object holes and no prompts from categories")
+    if args.lr_warmup_steps and args.lr_scheduler == "constant":
+        warnings.append(
+            "--lr_warmup_steps has no effect with --lr_scheduler constant: use constant_with_warmup"
+        )
+    if args.base_config and Path(args.pretrained_model_name_or_path or "").is_dir():
+        warnings.append("--base_config has no effect: the base is a folder, not a single file")
+    if args.overfit_batches and args.limit_train_batches:
+        warnings.append("--limit_train_batches limits what --overfit_batches already chose")
+    return warnings
+
+
+def check_image_size(image_size: int, *, config: BaseConfig) -> None:
+    """Refuse sizes that the base's latents can't hold.
+
+    Raises:
+        ValueError: not a positive multiple of the VAE's stride.
+    """
+    if image_size < config.size_multiple or image_size % config.size_multiple:
+        raise ValueError(
+            f"--image_size must be a multiple of {config.size_multiple} (the VAE's stride), "
+            f"got {image_size}. Try {max(image_size // 64 * 64, 64)}."
+        )
+
+
+def resolve_device(args: argparse.Namespace) -> None:
+    """Choose accelerator, devices and precision, and refuse what this machine hasn't got.
+
+    Args:
+        args: its accelerator, devices and precision are replaced by what was chosen.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    uses_cuda = has_cuda and args.accelerator in ("auto", "gpu")
+    if args.accelerator == "auto" and not has_cuda:
+        args.accelerator = "mps" if torch.backends.mps.is_available() else "cpu"
+    if args.accelerator == "gpu" and not has_cuda:
+        raise ValueError(
+            "--accelerator gpu needs CUDA, got a machine or a torch without. "
+            "Use --accelerator cpu, or install the CUDA build of torch."
+        )
+    if args.strategy in (*DEEPSPEED_STRATEGIES, "fsdp") and not uses_cuda:
+        raise ValueError(
+            f"--strategy {args.strategy} needs CUDA, got a machine or a torch without. "
+            "Use --strategy ddp."
+        )
+    args.devices = _parse_devices(args.devices, accelerator=args.accelerator)
+    if args.precision == "auto":
+        has_bf16 = uses_cuda and torch.cuda.get_device_capability() >= (8, 0)
+        args.precision = "bf16-mixed" if has_bf16 else "16-mixed" if uses_cuda else "32"
+    if args.precision == "16-mixed" and args.accelerator == "cpu":
+        logger.warning("warning: fp16 doesn't exist on CPU: --precision 16-mixed runs as bf16")
+        args.precision = "bf16-mixed"
+
+
+def _parse_devices(text: str, *, accelerator: str) -> int | list[int]:
+    """Return a number of devices (-1 = all) or a list of them.
+
+    Raises:
+        ValueError: neither, or a list on a CPU.
+    """
+    try:
+        devices = [int(part) for part in text.split(",")] if "," in text else int(text)
+    except ValueError:
+        devices = 0
+    if accelerator == "cpu":
+        if isinstance(devices, list):
+            raise ValueError(
+                f"--devices must be a number of processes on CPU, got {text}. Try --devices 2."
+            )
+        devices = 1 if devices == -1 else devices
+    if devices == 0 or (isinstance(devices, int) and devices < -1):
+        raise ValueError(
+            f"--devices must be a positive number, -1 for all, or a list like 0,2, got {text}."
+        )
+    return devices

@@ -1,0 +1,175 @@
+"""A run's folder: where it is, what it is called, how a run is found again.
+
+outputs/controlnet_inpainting_lightning_<time>/
+    run.json  run.log  events.out.tfevents...  checkpoints/  final_model/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from inpainting.atomic import write_text_atomically
+
+RUN_PREFIX = "controlnet_inpainting_lightning_"
+RECORDED_PACKAGES = (
+    "torch", "pytorch-lightning", "diffusers", "transformers", "accelerate", "safetensors",
+    "pycocotools", "pillow", "numpy", "deepspeed",
+)  # fmt: skip
+
+
+def cache_dir() -> Path:
+    """Return the folder for what can be made again: indexes, demo pictures."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "controlnet-inpainting"
+
+
+def is_first_process() -> bool:
+    """Whether this process has global rank 0, by what launchers put into the environment."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+def new_run_dir(output_dir: Path) -> Path:
+    """Make a run folder that no other run has, even one that starts in the same second.
+
+    Raises:
+        PermissionError, NotADirectoryError: output_dir can't be written to.
+    """
+    name = RUN_PREFIX + time.strftime("%Y%m%d_%H%M%S")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
+        try:
+            (output_dir / f"{name}{suffix}").mkdir()
+        except FileExistsError:
+            continue
+        return output_dir / f"{name}{suffix}"
+    raise FileExistsError(f"--output_dir must have room for a new run, got 999 named {name}.")
+
+
+def run_dir_of(checkpoint_path: Path) -> Path | None:
+    """Return the run folder that a checkpoint lies in, None where it was moved elsewhere."""
+    run_dir = checkpoint_path.absolute().parent.parent
+    is_in_run = checkpoint_path.absolute().parent.name == "checkpoints"
+    return run_dir if is_in_run and (run_dir / "run.json").is_file() else None
+
+
+def find_checkpoint(name: str, *, output_dir: Path) -> Path:
+    """Resolve --resume_from_checkpoint.
+
+    Args:
+        name: a path, or "last": the newest run under output_dir with a loadable checkpoint.
+        output_dir: where runs are.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the named one can't be loaded.
+    """
+    if name != "last":
+        read_checkpoint(Path(name))
+        return Path(name)
+    candidates = sorted(
+        output_dir.glob(f"{RUN_PREFIX}*/checkpoints/*.ckpt"),
+        key=lambda path: (path.parent.parent.stat().st_mtime, path.stat().st_mtime),
+        reverse=True,
+    )
+    by_age = sorted(candidates, key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in by_age:
+        try:
+            read_checkpoint(path)
+        except ValueError:
+            continue
+        return path
+    raise FileNotFoundError(
+        f"--resume_from_checkpoint last needs a run with a loadable checkpoint, got none under "
+        f"{output_dir}. Name a checkpoint, or start without the flag."
+    )
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a training checkpoint without the power to run code; tensors stay on disk (mmap).
+
+    A DeepSpeed checkpoint is a folder: it is checked for its marker only, and {} returned.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it isn't a training checkpoint of this trainer.
+    """
+    import pickle
+
+    import torch
+
+    if path.is_dir() and (path / "checkpoint").is_dir():
+        return {}
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint must be a checkpoint that exists, got {path}. "
+            "`last` finds the newest one under --output_dir."
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} must be a training checkpoint, got a file that can't be read as one. "
+            "Resume from another one in the same folder."
+        ) from error
+    if not isinstance(checkpoint, dict) or not {"loops", "state_dict"} <= checkpoint.keys():
+        raise ValueError(
+            f"{path} must be a training checkpoint, got other weights. "
+            "To continue from weights alone, use --controlnet_weights."
+        )
+    return checkpoint
+
+
+def write_run_json(run_dir: Path, *, arguments: dict[str, Any], record: dict[str, Any]) -> None:
+    """Write what the run is: its resolved flags, versions and commit. Local paths stand only here.
+
+    A resumed run keeps its earlier state in "history".
+
+    Args:
+        run_dir: the run's folder.
+        arguments: the resolved flags.
+        record: the InpaintingRecord of the weights to come, for infer.py on a .ckpt.
+    """
+    path = run_dir / "run.json"
+    history: list[Any] = []
+    if path.is_file():
+        earlier = json.loads(path.read_text())
+        history = [*earlier.pop("history", []), earlier]
+    run = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "arguments": arguments,
+        "inpainting": record,
+        "versions": {"python": platform.python_version(), **_package_versions()},
+        "git_commit": _git_commit(),
+        "history": history,
+    }
+    write_text_atomically(path, json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _git_commit() -> str | None:
+    """Return the commit of this code, None outside a checkout."""
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

@@ -1,0 +1,235 @@
+"""What a run shows while it trains: the bar, the curves, the pictures; and the average."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+
+from data import CocoInpaintingDataset, Sample
+from inpainting.diffusion import make_conditioning
+from inpainting.sampling import inpaint, make_pipeline, make_scheduler
+from lightning_module import InpaintingControlNet
+
+NUM_PICTURES = 4
+NUM_SAMPLING_STEPS = 20
+GUIDANCE_SCALE = 3.0
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard alone: Lightning's logger would also leave an empty hparams.yaml."""
+
+    def save(self) -> None:
+        """Flush what was logged."""
+        self.experiment.flush()
+
+
+class ProgressBar(TQDMProgressBar):
+    """`Epoch 5: 100%|###| 29500/29500 [2:15:30<00:00, loss=0.0987, lr=9.5e-06, v_num=0]`.
+
+    Reads the loss when the bar is drawn; `self.log(prog_bar=True)` would make the GPU wait in
+    every step.
+    """
+
+    def __init__(self, *, refresh_rate: int) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+        self.loss: Tensor | None = None
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Sample,
+        batch_idx: int,
+    ) -> None:
+        """Keep the loss, not yet its value."""
+        self.loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Return what stands at the end of the bar."""
+        loss = {} if self.loss is None else {"loss": f"{self.loss.item():.4f}"}
+        learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+        return {**loss, "lr": f"{learning_rate:.3g}", "v_num": 0}
+
+
+class AverageWeights(pl.Callback):
+    """Moves the average of the ControlNet's parameters after each optimizer step."""
+
+    def __init__(self) -> None:
+        self._step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember where the run stands."""
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object
+    ) -> None:
+        """Update once per optimizer step, whoever accumulates the gradients."""
+        assert isinstance(pl_module, InpaintingControlNet)
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            pl_module.update_average(num_steps=self._step)
+
+
+class Curves(pl.Callback):
+    """Writes train/loss, train/lr, train/grad_norm and train/samples_per_second, and val/loss.
+
+    train/loss is the mean since the last point: a single step's says little, since its timesteps
+    decide most of it.
+    """
+
+    def __init__(self, *, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
+        self._start = 0.0
+        self._num_batches = 0
+        self._step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._step = trainer.global_step
+        self._start, self._num_batches = time.monotonic(), 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object
+    ) -> None:
+        """Write a point every N optimizer steps: the only place that waits."""
+        assert isinstance(pl_module, InpaintingControlNet)
+        self._num_batches += 1
+        step = trainer.global_step
+        if step == self._step or step % self.every_n_steps:
+            return
+        self._step = step
+        sampler = trainer.train_dataloader.batch_sampler  # type: ignore[union-attr]
+        values = {
+            "train/loss": pl_module.mean_loss(epoch=False),
+            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        if pl_module.grad_norm is not None:
+            values["train/grad_norm"] = pl_module.grad_norm
+        now = time.monotonic()
+        num_samples = self._num_batches * sampler.samples_per_batch
+        values["train/samples_per_second"] = num_samples / (now - self._start)
+        self._start, self._num_batches = now, 0
+        trainer.logger.log_metrics(  # type: ignore[union-attr]
+            {name: float(value) for name, value in values.items()}, step
+        )
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the validation out of the training speed: stop the clock."""
+        self._start -= time.monotonic()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock again, and write val/loss."""
+        self._start += time.monotonic()
+        if not trainer.sanity_checking:
+            loss = float(trainer.callback_metrics["val/loss"])
+            trainer.logger.log_metrics({"val/loss": loss}, trainer.global_step)  # type: ignore[union-attr]
+
+
+def _add_images(trainer: pl.Trainer, tag: str, images: Tensor) -> None:
+    """Write (N, 3, H, W) uint8 pictures side by side."""
+    assert isinstance(trainer.logger, TensorBoardLogger)
+    trainer.logger.experiment.add_images(tag, images.cpu(), trainer.global_step)
+
+
+class TrainingPictures(pl.Callback):
+    """Every N optimizer steps: the batch's originals, their holes, and what the ControlNet sees."""
+
+    def __init__(self, *, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
+        self._step = -1
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Sample,
+        batch_idx: int,
+    ) -> None:
+        """Write train/original, train/masked and train/mask; the hole is grey in `masked`."""
+        step = trainer.global_step
+        is_due = step == 1 or step % self.every_n_steps == 0
+        if step == self._step or not is_due or not trainer.is_global_zero:
+            return
+        self._step = step
+        image, mask = batch["image"][:NUM_PICTURES], batch["mask"][:NUM_PICTURES]
+        masked = make_conditioning(image, mask)
+        masked = torch.where(masked < 0, 0.5, masked)
+        _add_images(trainer, "train/original", image)
+        _add_images(trainer, "train/masked", (masked * 255).round().to(torch.uint8))
+        _add_images(trainer, "train/mask", (mask * 255).expand(-1, 3, -1, -1))
+
+
+class ValidationInpaintings(pl.Callback):
+    """At each validation: a few fixed pictures, really inpainted.
+
+    The pipeline borrows the networks that train; nothing is loaded twice. All ranks sample the
+    same pictures, because ZeRO-3 gathers parameters within forward, and rank 0 writes them.
+
+    Args:
+        dataset: the validation split; its first pictures are used.
+    """
+
+    def __init__(self, dataset: CocoInpaintingDataset) -> None:
+        self.dataset = dataset
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write val/original, val/masked and val/inpainted, with the prompt beside them."""
+        if trainer.sanity_checking:
+            return
+        assert isinstance(pl_module, InpaintingControlNet)
+        samples = [self.dataset[0, i] for i in range(min(NUM_PICTURES, len(self.dataset)))]
+        base = pl_module.base
+        pipeline = make_pipeline(
+            vae=base.vae,
+            unet=base.unet,
+            text_encoder=base.text_encoder,
+            tokenizer=base.tokenizer,
+            controlnet=pl_module.best_controlnet,
+            scheduler=make_scheduler("unipc", base.noise_scheduler),
+        )
+        size = samples[0]["image"].shape[-1]
+        was_training = pl_module.controlnet.training
+        pl_module.controlnet.eval()
+        results = [
+            inpaint(
+                pipeline,
+                image=sample["image"].permute(1, 2, 0).numpy(),
+                mask=sample["mask"][0].numpy(),
+                prompt=sample["prompt"],
+                negative_prompt="",
+                seed=int(sample["image_id"]) % 2**31,
+                num_inference_steps=NUM_SAMPLING_STEPS,
+                guidance_scale=GUIDANCE_SCALE,
+                conditioning_scale=1.0,
+                strength=1.0,
+                image_size=size,
+                crop_to_mask=False,
+                mask_blur=0,
+            )
+            for sample in samples
+        ]
+        pl_module.controlnet.train(was_training)
+        if not trainer.is_global_zero:
+            return
+        image = torch.stack([sample["image"] for sample in samples])
+        mask = torch.stack([sample["mask"] for sample in samples])
+        _add_images(trainer, "val/original", image)
+        _add_images(trainer, "val/masked", torch.where(mask.bool(), 128, image).to(torch.uint8))
+        inpainted = torch.stack([torch.from_numpy(result) for result in results])
+        _add_images(trainer, "val/inpainted", inpainted.permute(0, 3, 1, 2))
+        trainer.logger.experiment.add_text(  # type: ignore[union-attr]
+            "val/prompts", "\n\n".join(s["prompt"] or "(empty)" for s in samples),
+            trainer.global_step,
+        )  # fmt: skip

@@ -1,0 +1,198 @@
+"""How a run's state gets to disk and how a run stops: nothing that was saved is ever lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.strategies import DeepSpeedStrategy
+
+from inpainting.atomic import replace_atomically
+
+LAST_NAME = "last.ckpt"
+
+
+class StoppedBySignal(Exception):
+    """Raised on every rank once the state is saved; `signum` is SIGINT or SIGTERM."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, syncs, renames: a kill leaves the old file or the new one.
+
+    Lightning stages in $TMPDIR and moves, which is a copy where that is another filesystem.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write one checkpoint file."""
+        with replace_atomically(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
+
+
+class NamedCheckpoint(ModelCheckpoint):
+    """`controlnet-epoch=00-train_loss=0.1234.ckpt`: every N epochs, the first and the last one.
+
+    Args:
+        dirpath: the run's checkpoints folder.
+        every_n_epochs: between two of them.
+        save_top_k: how many of the best are kept; -1 keeps all.
+        monitor: "val/loss", or "train_loss" without a validation split.
+    """
+
+    def __init__(
+        self, dirpath: Path, *, every_n_epochs: int, save_top_k: int, monitor: str
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="controlnet-{epoch:02d}-{train_loss:.4f}",
+            monitor=monitor,
+            save_top_k=save_top_k,
+            every_n_epochs=1,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        self.interval = every_n_epochs
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save where one is due; train_loss and val/loss of this epoch are known by now."""
+        epoch = trainer.current_epoch
+        is_last = epoch + 1 == trainer.max_epochs or trainer.should_stop
+        if epoch == 0 or is_last or (epoch + 1) % self.interval == 0:
+            super().on_train_epoch_end(trainer, pl_module)
+
+
+class LastCheckpoint(Checkpoint):
+    """`last.ckpt`: the newest state, at optimizer-step boundaries only.
+
+    Written before the first step, every N steps, when the run stops, and at each epoch's end
+    after all other bookkeeping (Lightning runs Checkpoint callbacks last, in their order).
+    ModelCheckpoint's own save_last follows its top-k files and is stale in between.
+
+    Not at an epoch's last batch: Lightning would resume behind the validation that is still due.
+    The save at the epoch's end follows at once.
+
+    Args:
+        dirpath: the run's checkpoints folder.
+        every_n_steps: optimizer steps between two saves.
+        stop: tells when a signal asks to stop; the state is saved first.
+    """
+
+    def __init__(self, dirpath: Path, *, every_n_steps: int, stop: StopOnSignal) -> None:
+        self.path = dirpath / LAST_NAME
+        self.every_n_steps = every_n_steps
+        self.stop = stop
+        self._saved_step = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save before the first step: whatever happens, there is something to resume from."""
+        if trainer.global_step == 0:
+            self._save(trainer)
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object
+    ) -> None:
+        """Save where one is due, and stop where a signal asked for it."""
+        step = trainer.global_step
+        is_boundary = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if step == self._saved_step or is_boundary or not self._has_stepped(trainer):
+            return
+        stops = self.stop.is_requested(trainer)
+        if stops or step % self.every_n_steps == 0 or step == trainer.max_steps:
+            self._save(trainer)
+        if stops:
+            raise StoppedBySignal(self.stop.signum)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save a completed epoch; one that max_steps cut short was saved at its last step."""
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._save(trainer)
+            if self.stop.is_requested(trainer):
+                raise StoppedBySignal(self.stop.signum)
+
+    @staticmethod
+    def _has_stepped(trainer: pl.Trainer) -> bool:
+        """Whether this micro-batch ended an accumulation."""
+        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return ready % trainer.accumulate_grad_batches == 0
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        """Write last.ckpt. Every rank takes part.
+
+        DeepSpeed writes a folder, in place: it gets a new name each time, and last.ckpt points
+        to the newest complete one.
+        """
+        self._saved_step = trainer.global_step
+        if not isinstance(trainer.strategy, DeepSpeedStrategy):
+            trainer.save_checkpoint(self.path)
+            return
+        folder = self.path.with_name(f"last-step={trainer.global_step}.ckpt")
+        trainer.save_checkpoint(folder)
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            link = self.path.with_name(f".{LAST_NAME}.link")
+            link.unlink(missing_ok=True)
+            link.symlink_to(folder.name)
+            link.replace(self.path)
+            for old in self.path.parent.glob("last-step=*.ckpt"):
+                if old != folder:
+                    shutil.rmtree(old)
+
+
+class StopOnSignal(pl.Callback):
+    """Turns SIGINT and SIGTERM into a stop at the next step's end, on all ranks alike.
+
+    Lightning's own SIGTERM handler talks to the other ranks from within the handler, and hangs
+    where all of them got the signal. A second signal ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._group: dist.ProcessGroup | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Install the handlers; replaces Lightning's."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._handle)
+        if trainer.world_size > 1:
+            # On the CPU: asking costs no synchronisation with the GPU.
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+
+    def is_requested(self, trainer: pl.Trainer) -> bool:
+        """Whether any rank got a signal. Every rank must ask."""
+        if self._group is not None:
+            flag = torch.tensor(self.signum)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+            self.signum = int(flag)
+        return self.signum != 0
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum:
+            os._exit(128 + signum)
+        self.signum = signum
+        os.write(2, b"\nstopping after this step, then saving; once more to stop at once\n")
+
+
+class StopAtMaxSteps(pl.Callback):
+    """Ends a run that max_steps cuts short within an epoch with a validation, like any other."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object
+    ) -> None:
+        """Ask Lightning to stop; it validates first."""
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True

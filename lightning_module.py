@@ -1,0 +1,261 @@
+"""The objective: a ControlNet learns to steer a frozen Stable Diffusion into filling holes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from diffusers import ControlNetModel
+from diffusers.optimization import get_scheduler
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from data import Sample
+from inpainting.diffusion import (
+    make_conditioning,
+    min_snr_weights,
+    normalize_image,
+    prediction_target,
+)
+from model import Base, predict_noise
+
+# What the frozen networks are kept in: autocast would cast them anew in every step. fp16 overflows
+# in Stable Diffusion's VAE; everywhere else the frozen weights survive the rounding.
+FROZEN_DTYPES = {
+    "32": (torch.float32, torch.float32),
+    "bf16-mixed": (torch.bfloat16, torch.bfloat16),
+    "16-mixed": (torch.float16, torch.float32),
+}
+
+
+class InpaintingControlNet(pl.LightningModule):
+    """Trains the ControlNet alone; the frozen base stays outside the module's registration.
+
+    So checkpoints, DDP, DeepSpeed and the optimizer see nothing but the ControlNet.
+
+    Args:
+        base: the frozen Stable Diffusion.
+        controlnet: what is trained, fp32.
+        num_training_steps: optimizer steps of the whole run, for the learning-rate schedule.
+        learning_rate: peak learning rate of AdamW.
+        adam_weight_decay: AdamW's decoupled weight decay.
+        lr_scheduler: diffusers' name of the schedule: "constant", "cosine", ...
+        lr_warmup_steps: optimizer steps of linear warm-up.
+        snr_gamma: Min-SNR cap (min_snr_weights), or None for the plain loss.
+        ema_decay: decay of the average of the ControlNet's parameters, or None for no average.
+        precision: "32", "bf16-mixed" or "16-mixed".
+        gradient_checkpointing: recompute activations in backward, the frozen decoder's too.
+    """
+
+    def __init__(
+        self,
+        *,
+        base: Base,
+        controlnet: ControlNetModel,
+        num_training_steps: int,
+        learning_rate: float,
+        adam_weight_decay: float,
+        lr_scheduler: str,
+        lr_warmup_steps: int,
+        snr_gamma: float | None,
+        ema_decay: float | None,
+        precision: str,
+        gradient_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.controlnet = controlnet
+        self.num_training_steps = num_training_steps
+        self.learning_rate = learning_rate
+        self.adam_weight_decay = adam_weight_decay
+        self.lr_scheduler = lr_scheduler
+        self.lr_warmup_steps = lr_warmup_steps
+        self.snr_gamma = snr_gamma
+        self.ema_decay = ema_decay
+        self.precision = precision
+        if gradient_checkpointing:
+            controlnet.enable_gradient_checkpointing()
+            base.unet.enable_gradient_checkpointing()
+        # Unregistered: DeepSpeed would cast a registered copy to 16 bits, and DDP watch it.
+        average = copy.deepcopy(controlnet).requires_grad_(False).eval() if ema_decay else None
+        object.__setattr__(self, "average", average)
+        self.average: ControlNetModel | None
+        self.grad_norm: Tensor | None = None
+        self.loss_sums = torch.zeros(4, dtype=torch.float64)
+        self._validation_losses: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def best_controlnet(self) -> ControlNetModel:
+        """What validation, samples and the export use: the average where there is one."""
+        return self.controlnet if self.average is None else self.average
+
+    def on_fit_start(self) -> None:
+        """Move what Lightning doesn't know of to the device."""
+        dtype, vae_dtype = FROZEN_DTYPES[self.precision]
+        self.base.to(self.device, dtype=dtype, vae_dtype=vae_dtype)
+        if self.average is not None:
+            self.average.to(device=self.device)  # type: ignore[call-arg]
+        accumulator = torch.float32 if self.device.type == "mps" else torch.float64
+        self.loss_sums = self.loss_sums.to(self.device, dtype=accumulator)
+
+    def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
+        """Return the loss of one micro-batch and add it to the running sums."""
+        loss = self.loss(batch, self.controlnet).mean()
+        self.loss_sums += torch.stack([loss.detach(), torch.ones_like(loss)]).repeat(2)
+        return loss
+
+    def loss(self, batch: Sample, controlnet: ControlNetModel) -> Tensor:
+        """Compute each sample's noise-prediction error, (B,) float32.
+
+        Source: Zhang et al. 2023, equation 1; Ho et al. 2020, equation 14.
+        """
+        base, timesteps, noise = self.base, batch["timestep"], batch["noise"]
+        image = normalize_image(batch["image"])
+        latents = base.encode_image(image, posterior_noise=batch["posterior_noise"])
+        noisy_latents = base.noise_scheduler.add_noise(latents, noise, timesteps)  # type: ignore[arg-type]
+        model_pred = predict_noise(
+            controlnet,
+            base.unet,
+            noisy_latents=noisy_latents,
+            timesteps=timesteps,
+            encoder_hidden_states=base.encode_prompt(batch["input_ids"]),
+            conditioning=make_conditioning(batch["image"], batch["mask"]),
+        )
+        target = prediction_target(
+            base.noise_scheduler, latents=latents, noise=noise, timesteps=timesteps
+        )
+        loss = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
+        if self.snr_gamma is not None:
+            loss = loss * min_snr_weights(base.noise_scheduler, timesteps, snr_gamma=self.snr_gamma)
+        return loss
+
+    def on_train_epoch_start(self) -> None:
+        """Begin a new epoch mean."""
+        self.loss_sums[2:] = 0
+
+    def on_train_epoch_end(self) -> None:
+        """Give the epoch's mean loss, over all ranks, to the checkpoints' names and ranking."""
+        self.log("train_loss", self.mean_loss(epoch=True), logger=False)
+
+    def mean_loss(self, *, epoch: bool) -> Tensor:
+        """Return the mean loss of all ranks, () float32, since the last log point or this epoch.
+
+        Every rank must call it. The mean since the last log point starts anew.
+        """
+        part = self.loss_sums[2:] if epoch else self.loss_sums[:2]
+        total, count = self._gather(part).reshape(-1, 2).sum(dim=0)
+        if not epoch:
+            self.loss_sums[:2] = 0
+        return (total / count).float()
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        """Collect a tensor from all ranks: (...) -> (world_size, ...), or as it is with one."""
+        return cast(Tensor, self.all_gather(tensor))
+
+    def validation_step(self, batch: Sample, batch_idx: int) -> None:
+        """Keep each picture's loss; noise, timesteps and holes are fixed for ever."""
+        losses = self.loss(batch, self.best_controlnet)
+        self._validation_losses.append((batch["image_id"], losses))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/loss: the mean over pictures, each counted once, in the order of their ids.
+
+        Ranks are padded with repeated pictures so that all of them run equally many batches.
+        """
+        ids = torch.cat([ids for ids, _ in self._validation_losses])
+        losses = torch.cat([losses for _, losses in self._validation_losses])
+        self._validation_losses.clear()
+        ids, losses = self._gather(ids).flatten().cpu(), self._gather(losses).flatten().cpu()
+        by_id = dict(zip(ids.tolist(), losses.tolist(), strict=True))
+        mean = torch.tensor([by_id[image_id] for image_id in sorted(by_id)]).mean()
+        self.log("val/loss", mean, logger=False)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over the ControlNet, and diffusers' schedule in optimizer steps."""
+        optimizer = self._build_optimizer()
+        schedule = get_scheduler(
+            self.lr_scheduler,
+            optimizer=optimizer,
+            num_warmup_steps=self.lr_warmup_steps,
+            num_training_steps=self.num_training_steps,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1},
+        }
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        parameters = [p for p in self.controlnet.parameters() if p.requires_grad]
+        if getattr(self.trainer.strategy, "offload_optimizer", False):
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(
+                parameters,
+                lr=self.learning_rate,
+                weight_decay=self.adam_weight_decay,  # type: ignore[arg-type]
+            )
+        # One fused kernel instead of hundreds; under fp16 it would unscale by itself, and
+        # Lightning then refuses to clip.
+        is_fused = self.device.type in ("cpu", "cuda") and self.precision != "16-mixed"
+        return torch.optim.AdamW(
+            parameters,
+            lr=self.learning_rate,
+            betas=(0.9, 0.999),
+            weight_decay=self.adam_weight_decay,
+            eps=1e-8,
+            fused=is_fused,
+        )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm, and keep the norm (before clipping) for the log."""
+        limit = gradient_clip_val or float("inf")
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.controlnet.parameters(), limit)
+
+    def update_average(self, *, num_steps: int) -> None:
+        """Move the average towards the parameters after an optimizer step.
+
+        The decay grows from 0.1, so that the first steps don't linger: Source: diffusers'
+        EMAModel, min(decay, (1 + n) / (10 + n)).
+
+        Args:
+            num_steps: optimizer steps done so far, n.
+        """
+        assert self.average is not None
+        assert self.ema_decay is not None
+        decay = min(self.ema_decay, (1 + num_steps) / (10 + num_steps))
+        current = [parameter.detach().float() for parameter in self.controlnet.parameters()]
+        get_ema_multi_avg_fn(decay)(list(self.average.parameters()), current, num_steps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the average and each rank's running sums; every rank takes part."""
+        checkpoint["loss_sums"] = self._gather(self.loss_sums).reshape(-1, 4).cpu()
+        if self.average is not None:
+            checkpoint["average"] = self.average.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the average and the running sums.
+
+        Raises:
+            ValueError: --ema_decay is set and the checkpoint has no average.
+        """
+        sums = checkpoint["loss_sums"]
+        if len(sums) == self.trainer.world_size:
+            self.loss_sums = sums[self.global_rank].to(self.device)
+        else:  # another number of ranks: the total is what the next mean needs
+            self.loss_sums = (sums.sum(dim=0) / self.trainer.world_size).to(self.device)
+        if self.average is not None:
+            if "average" not in checkpoint:
+                raise ValueError(
+                    "--ema_decay needs a checkpoint with an average, got one without. "
+                    "Resume without --ema_decay, or start anew with --controlnet_weights."
+                )
+            self.average.load_state_dict(checkpoint["average"], strict=True)

@@ -1,0 +1,104 @@
+"""Which Trainer the flags describe: callbacks in their order, logger, precision, strategy."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning import profilers
+from pytorch_lightning.callbacks import EarlyStopping
+
+from lightning_callbacks import (
+    AverageWeights,
+    Curves,
+    ProgressBar,
+    RunLogger,
+    TrainingPictures,
+    ValidationInpaintings,
+)
+from lightning_checkpoints import (
+    AtomicCheckpointIO,
+    LastCheckpoint,
+    NamedCheckpoint,
+    StopAtMaxSteps,
+    StopOnSignal,
+)
+from lightning_data import InpaintingDataModule
+
+
+def build_trainer(
+    args: argparse.Namespace,
+    *,
+    run_dir: Path,
+    datamodule: InpaintingDataModule,
+    position: pl.Callback,
+    purge_step: int | None,
+) -> pl.Trainer:
+    """Wire flags, callbacks and folders into Lightning's Trainer.
+
+    Args:
+        args: the resolved flags.
+        run_dir: where everything is written to.
+        datamodule: tells whether there is a validation split.
+        position: the datamodule's ResumePosition.
+        purge_step: a resumed run's first new step: later points of its curves are dropped.
+    """
+    has_validation = len(datamodule.val_set) > 0
+    stop = StopOnSignal()
+    # The order matters: the position and the average move on before last.ckpt is written.
+    callbacks = [
+        position,
+        *([AverageWeights()] if args.ema_decay else []),
+        Curves(every_n_steps=args.log_every_n_steps),
+        *([TrainingPictures(every_n_steps=args.log_images_every_n_steps)]
+          if args.log_images_every_n_steps else []),
+        *([ValidationInpaintings(datamodule.val_set)] if has_validation else []),
+        *([EarlyStopping("val/loss", patience=args.early_stopping_patience)]
+          if args.early_stopping_patience else []),
+        ProgressBar(refresh_rate=1 if args.accelerator == "cpu" else 10),
+        stop,
+        StopAtMaxSteps(),
+        NamedCheckpoint(
+            run_dir / "checkpoints",
+            every_n_epochs=args.save_every_n_epochs,
+            save_top_k=args.save_top_k,
+            monitor="val/loss" if has_validation else "train_loss",
+        ),
+        LastCheckpoint(
+            run_dir / "checkpoints", every_n_steps=args.save_every_n_steps, stop=stop
+        ),
+    ]  # fmt: skip
+    is_deepspeed = args.strategy.startswith("deepspeed")
+    return pl.Trainer(
+        accelerator=args.accelerator,
+        devices=args.devices,
+        num_nodes=args.num_nodes,
+        strategy=args.strategy,
+        precision=args.precision,
+        max_epochs=args.num_epochs,
+        max_steps=args.max_steps,
+        limit_train_batches=args.limit_train_batches,
+        accumulate_grad_batches=args.accumulate_grad_batches,
+        gradient_clip_val=args.gradient_clip_val or None,
+        deterministic=args.deterministic or None,
+        log_every_n_steps=args.log_every_n_steps,
+        logger=RunLogger(run_dir, name="", version="", purge_step=purge_step),
+        callbacks=callbacks,
+        plugins=None if is_deepspeed else [AtomicCheckpointIO()],
+        profiler=_build_profiler(args.profiler, run_dir=run_dir),
+        num_sanity_val_steps=1,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+    )
+
+
+def _build_profiler(name: str | None, *, run_dir: Path) -> Any:
+    classes: dict[str, Callable[..., Any]] = {
+        "simple": profilers.SimpleProfiler,
+        "advanced": profilers.AdvancedProfiler,
+        "pytorch": profilers.PyTorchProfiler,
+    }
+    return classes[name](dirpath=run_dir, filename="profile") if name else None

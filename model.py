@@ -1,0 +1,275 @@
+"""The ControlNet and the frozen Stable Diffusion that it steers: build, load, predict noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from inpainting.base import BaseConfig, read_base_config
+from inpainting.interop import describe_mismatch
+
+# Channels of diffusers' hint encoder; each entry after the first halves the picture once.
+HINT_CHANNELS = (16, 32, 96, 256, 256, 256)
+SINGLE_FILE_SD2_WIDTH = 1024
+GIB = 2**30
+
+
+@dataclass
+class Base:
+    """The frozen networks. A plain object, so that Lightning never registers or saves them.
+
+    Attributes:
+        vae: pictures to latents and back.
+        unet: predicts the noise; what the ControlNet's residuals are added to.
+        text_encoder: token ids (B, L) -> hidden states (B, L, D).
+        tokenizer: prompt -> token ids.
+        noise_scheduler: the training schedule, with the prediction type in force.
+        config: where all of it came from.
+    """
+
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    noise_scheduler: DDPMScheduler
+    config: BaseConfig
+
+    @property
+    def name(self) -> str:
+        """Hub id or folder name."""
+        return self.config.name
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent along one side."""
+        return self.config.stride
+
+    @property
+    def image_size(self) -> int:
+        """The side in pixels that the base was trained on."""
+        return self.config.image_size
+
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet predicts, "epsilon" or "v_prediction", with --prediction_type applied."""
+        return self.noise_scheduler.config["prediction_type"]
+
+    def to(self, device: torch.device, *, dtype: torch.dtype, vae_dtype: torch.dtype) -> None:
+        """Move the frozen networks. fp16 overflows in the VAE, hence its own dtype."""
+        networks = ((self.vae, vae_dtype), (self.unet, dtype), (self.text_encoder, dtype))
+        for network, network_dtype in networks:
+            nn.Module.to(network, device=device, dtype=network_dtype)
+
+    @torch.no_grad()
+    def encode_image(self, image: Tensor, *, posterior_noise: Tensor) -> Tensor:
+        """Sample latents from the VAE's posterior, outside autocast.
+
+        Args:
+            image: (B, 3, H, W) float32 [-1, 1].
+            posterior_noise: (B, C, h, w) float32, standard normal.
+
+        Returns:
+            (B, C, h, w) float32, scaled to about unit variance.
+        """
+        with torch.autocast(image.device.type, enabled=False):
+            moments = self.vae.encode(image.to(self.vae.dtype)).latent_dist  # type: ignore[union-attr]
+        sample = moments.mean.float() + moments.std.float() * posterior_noise
+        return sample * self.vae.config["scaling_factor"]
+
+    @torch.no_grad()
+    def encode_prompt(self, input_ids: Tensor) -> Tensor:
+        """Return the text encoder's hidden states, (B, L) int64 -> (B, L, D)."""
+        return self.text_encoder(input_ids)[0]
+
+
+def load_base(
+    name_or_path: str,
+    *,
+    base_config: str | None = None,
+    prediction_type: str = "auto",
+    dtype: torch.dtype = torch.float32,
+) -> Base:
+    """Load the frozen networks in eval mode, without gradients, on the CPU.
+
+    Args:
+        name_or_path: hub id, diffusers folder, or single .safetensors/.ckpt file.
+        base_config: folder or hub id of a single file's configurations and tokenizer.
+        prediction_type: "auto" (the scheduler's own), "epsilon" or "v_prediction".
+        dtype: dtype of UNet and text encoder; the VAE stays in float32.
+
+    Raises:
+        FileNotFoundError: something named doesn't exist.
+        ValueError: the base is not an SD 1.x or 2.x, or its weights don't fit its configuration.
+    """
+    config = read_base_config(name_or_path, base_config=base_config)
+    check_prediction_type(config, prediction_type)
+    try:
+        parts = _load_single_file(config) if config.single_file else _load_folder(config, dtype)
+    except (OSError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(
+            f"the base {config.name} must hold the weights that its configuration describes, got: "
+            f"{reason} Fetch it again, or correct --pretrained_model_name_or_path."
+        ) from error
+    vae, unet, text_encoder = parts
+    for network in parts:
+        nn.Module.to(network, dtype=torch.float32 if network is vae else dtype)
+        network.requires_grad_(False).eval()
+    chosen = config.prediction_type if prediction_type == "auto" else prediction_type
+    return Base(
+        vae=vae,
+        unet=unet,
+        text_encoder=text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(config.config_dir / "tokenizer"),
+        noise_scheduler=cast(
+            DDPMScheduler, DDPMScheduler.from_config(config.scheduler, prediction_type=chosen)
+        ),
+        config=config,
+    )
+
+
+def check_prediction_type(config: BaseConfig, prediction_type: str) -> None:
+    """Refuse to guess where the file can't tell: v and epsilon SD 2.x share every shape.
+
+    Raises:
+        ValueError: a 1024-wide single file with --prediction_type auto.
+    """
+    is_wide = config.unet["cross_attention_dim"] == SINGLE_FILE_SD2_WIDTH
+    if config.single_file and is_wide and prediction_type == "auto":
+        raise ValueError(
+            "--prediction_type must be named for a single SD 2.x file, got auto. "
+            "SD 2.1 at 768 px: v_prediction; SD 2.1 base at 512 px: epsilon."
+        )
+
+
+def _load_folder(
+    config: BaseConfig, dtype: torch.dtype
+) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:
+    name = config.name_or_path
+    return (
+        AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=torch.float32),
+        UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=dtype),
+        CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype),
+    )
+
+
+def _load_single_file(
+    config: BaseConfig,
+) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_single_file(
+        str(config.single_file), config=str(config.config_dir), torch_dtype=torch.float32,
+        safety_checker=None, local_files_only=True,
+    )  # fmt: skip
+    return pipeline.vae, pipeline.unet, pipeline.text_encoder
+
+
+def build_controlnet(unet: UNet2DConditionModel, *, stride: int) -> ControlNetModel:
+    """Copy the UNet's encoder into a trainable ControlNet whose outputs start at zero.
+
+    The hint encoder must shrink the conditioning by the VAE's stride: one entry of
+    conditioning_embedding_out_channels more than it has stride-2 steps.
+    Source: Zhang et al. 2023, section 3.
+
+    Args:
+        unet: the frozen UNet, any dtype.
+        stride: the VAE's stride, a power of 2.
+    """
+    controlnet = ControlNetModel.from_unet(
+        unet, conditioning_embedding_out_channels=HINT_CHANNELS[: int(math.log2(stride)) + 1]
+    )
+    nn.Module.to(controlnet, dtype=torch.float32)
+    return controlnet.train()
+
+
+def load_controlnet_weights(
+    controlnet: ControlNetModel, state_dict: Mapping[str, Tensor], *, source: str | Path
+) -> None:
+    """Load weights strictly by name and shape.
+
+    Raises:
+        ValueError: lists the differences by name.
+    """
+    expected = {name: tensor.shape for name, tensor in controlnet.state_dict().items()}
+    got = {name: tensor.shape for name, tensor in state_dict.items()}
+    mismatch = describe_mismatch(expected, got)
+    if mismatch:
+        raise ValueError(
+            f"{source} must hold a ControlNet for this base, got {mismatch}. "
+            "Name the base that it was trained with: --pretrained_model_name_or_path."
+        )
+    controlnet.load_state_dict(dict(state_dict), strict=True)
+
+
+def predict_noise(
+    controlnet: ControlNetModel,
+    unet: UNet2DConditionModel,
+    *,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    encoder_hidden_states: Tensor,
+    conditioning: Tensor,
+) -> Tensor:
+    """Let the ControlNet steer the frozen UNet: its residuals are added to the UNet's own.
+
+    Args:
+        controlnet: the trainable copy of the encoder.
+        unet: the frozen UNet.
+        noisy_latents: (B, C, h, w).
+        timesteps: (B,) int64.
+        encoder_hidden_states: (B, L, D).
+        conditioning: (B, 3, H, W), [0, 1] with -1 in the hole.
+
+    Returns:
+        (B, C, h, w): noise or v, as the base predicts.
+    """
+    down_block_res_samples, mid_block_res_sample = controlnet(
+        noisy_latents, timesteps, encoder_hidden_states, conditioning, return_dict=False
+    )
+    return unet(
+        noisy_latents,
+        timesteps,
+        encoder_hidden_states,
+        down_block_additional_residuals=down_block_res_samples,
+        mid_block_additional_residual=mid_block_res_sample,
+        return_dict=False,
+    )[0]
+
+
+def estimate_sizes(config: BaseConfig, *, precision: str, has_average: bool) -> dict[str, float]:
+    """Count parameters and the memory that doesn't depend on the batch, from shapes alone.
+
+    Returns:
+        controlnet_parameters (a count), weights_gib (frozen and trained networks, gradients and
+        Adam's state on one device), checkpoint_gib (one .ckpt).
+    """
+    with torch.device("meta"):
+        unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(config.unet))
+        vae = cast(AutoencoderKL, AutoencoderKL.from_config(config.vae))
+        text_encoder = CLIPTextModel(CLIPTextConfig(**config.text_encoder))
+        controlnet = build_controlnet(unet, stride=config.stride)
+    count = {
+        name: sum(parameter.numel() for parameter in network.parameters())
+        for name, network in (
+            ("unet", unet), ("vae", vae), ("text", text_encoder), ("controlnet", controlnet),
+        )
+    }  # fmt: skip
+    frozen_bytes = {"32": 4, "bf16-mixed": 2, "16-mixed": 2}[precision]
+    vae_bytes = {"32": 4, "bf16-mixed": 2, "16-mixed": 4}[precision]
+    copies = 5 if has_average else 4  # weights, gradients, Adam's two moments, the average
+    weights = (count["unet"] + count["text"]) * frozen_bytes + count["vae"] * vae_bytes
+    weights += count["controlnet"] * 4 * copies
+    return {
+        "controlnet_parameters": count["controlnet"],
+        "weights_gib": weights / GIB,
+        "checkpoint_gib": count["controlnet"] * 4 * (copies - 1) / GIB,
+    }

@@ -1,0 +1,1 @@
+"""unit: exact and small; integration: the commands; golden: equality with diffusers."""

@@ -1,0 +1,420 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image, ImageCms
+
+import infer
+from demo.random_base import write_random_base
+from inpainting.checkpoints import InpaintingRecord, base_hash, write_final_model
+from inpainting.images import read_image, read_mask
+from model import build_controlnet, load_base
+
+ROOT = Path(__file__).parents[2]
+PAIRS = ROOT.parent / "shared" / "data" / "inpaint_pairs"
+# Loose on a busy machine; importing torch alone takes longer.
+HELP_LIMIT_S = 0.5
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_base(tmp_path_factory.mktemp("bases") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def run_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = load_base(str(base_dir))
+    controlnet = build_controlnet(base.unet, stride=base.stride)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in controlnet.named_parameters():
+        if name.startswith(("controlnet_down", "controlnet_mid", "controlnet_cond")):
+            parameter.data.normal_(0.0, 0.3, generator=generator)
+    record = InpaintingRecord(
+        image_size=64, vae_stride=8, prediction_type="epsilon", base="tiny",
+        base_unet_sha256=base_hash(base.unet), is_average=False, global_step=2,
+    )  # fmt: skip
+    run_dir = tmp_path_factory.mktemp("outputs") / "run"
+    write_final_model(run_dir / "final_model", controlnet=controlnet, record=record, training={})
+    flags = {"pretrained_model_name_or_path": str(base_dir), "base_config": None}
+    (run_dir / "run.json").write_text(json.dumps({"flags": flags}))
+    return run_dir
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    image = np.random.default_rng(0).integers(0, 256, (70, 94, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "test.png")
+    Image.fromarray(hole(70, 94) * np.uint8(255)).save(tmp_path / "mask.png")
+    return tmp_path / "test.png", tmp_path / "mask.png"
+
+
+@pytest.fixture(autouse=True)
+def _keep_signal_handlers() -> Iterator[None]:
+    earlier = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, earlier)
+
+
+def hole(height: int, width: int) -> np.ndarray:
+    mask = np.zeros((height, width), dtype=np.uint8)
+    mask[20:45, 30:61] = 1
+    return mask
+
+
+def command(run_dir: Path, pair: tuple[Path, Path], *flags: str) -> list[str]:
+    return [
+        "--checkpoint_path", str(run_dir / "final_model" / "controlnet.pth"),
+        "--input_image", str(pair[0]), "--input_mask", str(pair[1]),
+        "--output_dir", str(pair[0].parent / "out"), "--num_inference_steps", "2",
+        "--device", "cpu", *flags,
+    ]  # fmt: skip
+
+
+def read_result(pair: tuple[Path, Path], name: str = "inpainted.png") -> np.ndarray:
+    return np.asarray(Image.open(pair[0].parent / "out" / name))
+
+
+def error_line(capfd: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("infer.py")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# What it writes
+
+
+def test_known_pixels_keep_their_bits_and_the_size(run_dir: Path, pair: tuple[Path, Path]) -> None:
+    assert infer.main(command(run_dir, pair)) == 0
+    result, image = read_result(pair), np.asarray(Image.open(pair[0]))
+    known = hole(70, 94) == 0
+
+    assert result.shape == image.shape
+    assert np.array_equal(result[known], image[known])
+    assert (result != image)[~known].mean() > 0.9
+    comparison = read_result(pair, "comparison.png")
+    assert comparison.shape == (70, 3 * 94 + 2 * infer.GAP_PX, 3)
+    assert np.array_equal(comparison[:, :94], image)
+    assert np.array_equal(comparison[:, -94:], result)
+    assert sorted(p.name for p in (pair[0].parent / "out").iterdir()) == [
+        "comparison.png",
+        "inpainted.png",
+    ]
+
+
+def test_a_result_does_not_depend_on_how_many_are_asked_for(
+    run_dir: Path, pair: tuple[Path, Path]
+) -> None:
+    infer.main(command(run_dir, pair, "--seed", "5", "--num_images", "3"))
+    of_three = [read_result(pair, f"inpainted{suffix}.png") for suffix in ("", "_1", "_2")]
+    for i, expected in enumerate(of_three):
+        infer.main(command(run_dir, pair, "--seed", str(5 + i)))
+        assert np.array_equal(read_result(pair), expected), f"result {i}"
+
+    assert not np.array_equal(of_three[0], of_three[1])
+
+
+def test_transparency_and_the_colours_under_it_are_kept(
+    run_dir: Path, pair: tuple[Path, Path]
+) -> None:
+    rgba = np.random.default_rng(1).integers(0, 256, (70, 94, 4), dtype=np.uint8)
+    Image.fromarray(rgba).save(pair[0])
+    assert infer.main(command(run_dir, pair, "--mask_blur", "3")) == 0
+    result = read_result(pair)
+    far = np.ones((70, 94), dtype=bool)
+    far[17:48, 27:64] = False
+
+    assert np.array_equal(result[..., 3], rgba[..., 3])
+    assert np.array_equal(result[far], rgba[far])
+    assert (result != rgba)[hole(70, 94) == 1, :3].mean() > 0.9
+
+
+def test_a_hole_that_was_cut_out_becomes_opaque(run_dir: Path, pair: tuple[Path, Path]) -> None:
+    rgba = np.random.default_rng(1).integers(1, 256, (70, 94, 4), dtype=np.uint8)
+    rgba[hole(70, 94) == 1] = 0
+    Image.fromarray(rgba).save(pair[0])
+    infer.main(command(run_dir, pair))
+    result, known = read_result(pair), hole(70, 94) == 0
+
+    assert (result[~known, 3] == 255).all()
+    assert np.array_equal(result[known], rgba[known])
+
+
+def test_a_rotated_photograph_comes_out_upright(run_dir: Path, pair: tuple[Path, Path]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photograph = pair[0].with_suffix(".jpg")
+    Image.open(pair[0]).transpose(Image.Transpose.ROTATE_90).save(photograph, exif=exif)
+    infer.main(command(run_dir, (photograph, pair[1])))
+    result, upright = read_result(pair), read_image(photograph)
+    known = hole(70, 94) == 0
+
+    assert result.shape == (70, 94, 3)
+    assert np.array_equal(result[known], upright[known])
+    assert 0x0112 not in Image.open(pair[0].parent / "out" / "inpainted.png").getexif()
+
+
+def test_colour_profile_goes_with_the_colours(run_dir: Path, pair: tuple[Path, Path]) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = Image.open(pair[0])
+    image.load()
+    image.save(pair[0], icc_profile=profile)
+    infer.main(command(run_dir, pair))
+
+    with Image.open(pair[0].parent / "out" / "inpainted.png") as result:
+        assert result.info["icc_profile"] == profile
+
+
+def test_inverted_and_grown_masks_move_what_is_known(
+    run_dir: Path, pair: tuple[Path, Path]
+) -> None:
+    Image.fromarray((1 - hole(70, 94)) * np.uint8(255)).save(pair[1])
+    infer.main(command(run_dir, pair, "--invert_mask", "--mask_grow", "2"))
+    changed = (read_result(pair) != np.asarray(Image.open(pair[0]))).any(axis=-1)
+
+    rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (18, 46, 28, 62)
+
+
+def test_half_precision_fills_about_the_same(run_dir: Path, pair: tuple[Path, Path]) -> None:
+    infer.main(command(run_dir, pair))
+    full = read_result(pair).astype(int)
+    infer.main(command(run_dir, pair, "--precision", "bf16-mixed"))
+
+    difference = np.abs(read_result(pair) - full)[hole(70, 94) == 1]
+    assert 0 < difference.mean() < 20
+
+
+# Folders
+
+
+def test_folders_are_paired_by_name(
+    run_dir: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    images, masks = pair[0].parent / "images", pair[0].parent / "masks"
+    for folder in (images, masks):
+        folder.mkdir()
+    for name in ("cat.png", "dog.png", "alone.png"):
+        shutil.copy(pair[0], images / name)
+    for name in ("cat.png", "dog_mask.png", "stray.png"):
+        shutil.copy(pair[1], masks / name)
+    infer.main(command(run_dir, pair))
+    expected = read_result(pair)
+    shutil.rmtree(pair[0].parent / "out")
+    flags = ["--input_image", str(images), "--input_mask", str(masks)]
+
+    capfd.readouterr()
+    assert infer.main(command(run_dir, pair, *flags)) == 0
+    error = capfd.readouterr().err
+    assert "no mask for: alone.png" in error
+    assert "no picture for: stray.png" in error
+    assert sorted(p.name for p in (pair[0].parent / "out").iterdir()) == [
+        "cat_comparison.png", "cat_inpainted.png", "dog_comparison.png", "dog_inpainted.png",
+    ]  # fmt: skip
+    assert np.array_equal(read_result(pair, "dog_inpainted.png"), expected)
+
+
+def test_one_bad_mask_does_not_stop_a_folder(
+    run_dir: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = pair[0].parent / "both"
+    folder.mkdir()
+    for name in ("a", "b"):
+        shutil.copy(pair[0], folder / f"{name}.png")
+        shutil.copy(pair[1], folder / f"{name}_mask.png")
+    Image.new("L", (94, 70)).save(folder / "a_mask.png")
+    flags = ["--input_image", str(folder), "--input_mask", str(folder)]
+
+    assert infer.main(command(run_dir, pair, *flags)) == 2
+    error = capfd.readouterr().err
+    assert "a_mask.png" in error
+    assert "1 of 2 pairs failed" in error
+    assert (pair[0].parent / "out" / "b_inpainted.png").is_file()
+
+
+def test_pictures_of_one_name_are_refused(tmp_path: Path) -> None:
+    for name in ("cat.png", "cat.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    with pytest.raises(ValueError, match=r"more than the suffix, got \S*cat\.jpg and cat\.png"):
+        infer.by_stem(tmp_path)
+
+
+# Which base
+
+
+def test_the_record_and_the_run_say_which_base(
+    run_dir: Path, base_dir: Path, pair: tuple[Path, Path], tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    lone = tmp_path / "elsewhere" / "controlnet.pth"
+    lone.parent.mkdir()
+    shutil.copy(run_dir / "final_model" / "controlnet.pth", lone)
+
+    assert (
+        infer.main(command(run_dir, pair, "--checkpoint_path", str(run_dir / "final_model"))) == 0
+    )
+    expected = read_result(pair)
+    capfd.readouterr()
+    flags = ["--checkpoint_path", str(lone), "--image_size", "64"]
+    assert infer.main(command(run_dir, pair, *flags)) == 2
+    assert "--pretrained_model_name_or_path" in error_line(capfd)
+    flags += ["--pretrained_model_name_or_path", str(base_dir)]
+    assert infer.main(command(run_dir, pair, *flags)) == 0
+    assert np.array_equal(read_result(pair), expected)
+
+
+@pytest.mark.parametrize("name", ["demo", "tiny"])
+def test_a_base_known_by_name_alone_is_asked_for(
+    run_dir: Path, pair: tuple[Path, Path], tmp_path: Path, name: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    moved = tmp_path / "moved"
+    shutil.copytree(run_dir / "final_model", moved)
+    record = json.loads((moved / "inpainting.json").read_text())
+    (moved / "inpainting.json").write_text(json.dumps(record | {"base": name}))
+    flags = ["--checkpoint_path", str(moved / "controlnet.pth")]
+
+    assert infer.main(command(run_dir, pair, *flags)) == 2
+    line = error_line(capfd)
+    assert f"'{name}'" in line
+    assert "--pretrained_model_name_or_path" in line
+
+
+def test_another_base_is_warned_about_and_another_stride_refused(
+    run_dir: Path, pair: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tuned = write_random_base(tmp_path / "tuned", seed=1)
+    assert infer.main(command(run_dir, pair, "--pretrained_model_name_or_path", str(tuned))) == 0
+    assert "not the base that the weights were trained with" in error_line(capfd)
+    other = write_random_base(tmp_path / "other", stride=4)
+    assert infer.main(command(run_dir, pair, "--pretrained_model_name_or_path", str(other))) == 2
+    assert "stride 8" in error_line(capfd)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--strength", "0.3"], "--num_inference_steps x --strength"),
+        (["--strength", "0"], "--strength must be in (0, 1], got 0"),
+        (["--num_images", "0"], "--num_images must be in [1, 10000], got 0"),
+        (["--seed", "-1"], "--seed must be in"),
+        (["--conditioning_scale", "inf"], "--conditioning_scale must be in [0, 100], got inf"),
+        (["--guidance_scale", "nan"], "--guidance_scale must be in [0, 100], got nan"),
+        (["--input_image", "nothing.png"], "--input_image must exist, got nothing.png"),
+        (["--input_mask", "."], "two files or two folders"),
+        (["--checkpoint_path", "nothing.pth"], "nothing.pth"),
+        (["--device", "toaster"], "--device must be a device of this machine, got toaster"),
+        (["--precision", "16-mixed"], "--precision 16-mixed must run on a GPU"),
+        (["--pretrained_model_name_or_path", "./nothing"], "./nothing"),
+    ],
+)
+def test_the_users_faults_are_told_in_one_line(
+    run_dir: Path, pair: tuple[Path, Path], flags: list[str], message: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert infer.main(command(run_dir, pair, *flags)) == 2
+    assert message in error_line(capfd)
+
+
+def test_a_mask_of_other_proportions_is_refused_with_its_name(
+    run_dir: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(hole(94, 70) * np.uint8(255)).save(pair[1])
+    assert infer.main(command(run_dir, pair)) == 2
+    line = error_line(capfd)
+    assert "mask.png" in line
+    assert "a mask of 70x94 for a picture of 94x70" in line
+
+
+def test_overflow_in_the_networks_is_a_failure_and_writes_nothing(
+    run_dir: Path, pair: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = write_random_base(tmp_path / "broken")
+    unet: Any = UNet2DConditionModel.from_pretrained(broken, subfolder="unet")
+    unet.conv_out.bias.data.fill_(float("nan"))
+    unet.save_pretrained(broken / "unet")
+
+    assert infer.main(command(run_dir, pair, "--pretrained_model_name_or_path", str(broken))) == 1
+    assert "overflowed" in capfd.readouterr().err
+    assert not list((pair[0].parent / "out").iterdir())
+
+
+# The process
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "infer.py"), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_help_answers_at_once() -> None:
+    durations = []
+    for _ in range(3):
+        started = time.perf_counter()
+        process = start("--help")
+        output, _ = process.communicate(timeout=60)
+        durations.append(time.perf_counter() - started)
+        assert process.returncode == 0
+        assert "--input_mask" in output
+
+    assert min(durations) < HELP_LIMIT_S, durations
+
+
+def test_shortened_flags_are_refused() -> None:
+    with pytest.raises(SystemExit, match="2"):
+        infer.build_parser().parse_args(["--checkpoint", "a"])
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
+)
+def test_a_stopped_command_says_so_by_its_code(
+    run_dir: Path, pair: tuple[Path, Path], number: int, code: int
+) -> None:
+    flags = ["--num_inference_steps", "1000", "--image_size", "256"]
+    process = start(*command(run_dir, pair, *flags))
+    deadline = time.monotonic() + 60
+    while not (pair[0].parent / "out").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+
+    assert process.returncode == code, error
+    assert "Traceback" not in error
+    assert not list((pair[0].parent / "out").iterdir())
+
+
+# Real pictures
+
+
+@pytest.mark.skipif(not PAIRS.is_dir(), reason="the real picture pairs are not here")
+def test_real_pairs_keep_their_known_pixels(run_dir: Path, tmp_path: Path) -> None:
+    folder = PAIRS / "latent_diffusion"
+    arguments = command(run_dir, (folder, folder), "--output_dir", str(tmp_path))
+    assert infer.main([*arguments, "--crop_to_mask"]) == 0
+    jobs = infer.find_jobs(folder, folder)
+
+    assert len(jobs) == 8
+    for job in jobs:
+        image, known = read_image(job.image_path), read_mask(job.mask_path) == 0
+        result = np.asarray(Image.open(tmp_path / f"{job.prefix}inpainted.png"))
+        assert np.array_equal(result[known], image[known]), job.image_path.name
+        assert (result != image)[~known].mean() > 0.9, job.image_path.name

@@ -1,0 +1,1 @@
+"""Commands run by hand, thin over the parts: `python -m tools.<name>`."""
