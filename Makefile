@@ -1,5 +1,6 @@
 # make demo    train and fill holes on drawn scenes, nothing downloaded but the requirements
-# make test    the tests      make check   formatting, lint, types, tests      make format   reformat
+# make test    the tests       make check   formatting, lint, types, and the tests
+# make lint    the first three make format  reformat
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 # times as long.
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test check format
+.PHONY: demo test lint check format
 
 $(INSTALLED): requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,11 +24,12 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest
 
-check: $(INSTALLED)
+lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(TEST_ENV) $(BIN)/python -m pytest
+
+check: lint test
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

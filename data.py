@@ -141,6 +141,12 @@ class CocoInpaintingDataset(Dataset[Sample]):
             address, epoch = partial(generator, VALIDATION_SEED), 0
 
         picture = open_image(self.index.image_path(row))
+        height, width = self.index.size(row)
+        if height and (width, height) != picture.size:
+            raise ValueError(
+                f"{self.index.image_path(row)} must be {width} x {height} px as its record says, "
+                f"got {picture.size[0]} x {picture.size[1]}: its masks don't belong to it."
+            )
         box = crop_box(
             *picture.size, rng=address("crop", epoch, image_id) if self.is_training else None
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
@@ -15,6 +17,8 @@ from data import CocoInpaintingDataset, Sample
 from inpainting.diffusion import make_conditioning
 from inpainting.sampling import inpaint, make_pipeline, make_scheduler
 from lightning_module import InpaintingControlNet
+
+logger = logging.getLogger(__name__)
 
 NUM_PICTURES = 4
 NUM_SAMPLING_STEPS = 20
@@ -60,6 +64,13 @@ class ProgressBar(TQDMProgressBar):
         learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
         return {**loss, "lr": f"{learning_rate:.3g}", "v_num": 0}
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """End the bar's line: what is said next gets one of its own."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()
+
 
 class AverageWeights(pl.Callback):
     """Moves the average of the ControlNet's parameters after each optimizer step."""
@@ -85,55 +96,71 @@ class Curves(pl.Callback):
     """Writes train/loss, train/lr, train/grad_norm and train/samples_per_second, and val/loss.
 
     train/loss is the mean since the last point: a single step's says little, since its timesteps
-    decide most of it.
+    decide most of it. The speed leaves out validation and what follows it.
+
+    Args:
+        every_n_steps: optimizer steps between two points.
     """
 
     def __init__(self, *, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
-        self._start = 0.0
-        self._num_batches = 0
         self._step = 0
+        self._learning_rate = 0.0
+        self._num_batches = 0
+        self._elapsed_s = 0.0
+        self._running_since: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
+        """Remember where the run stands."""
         self._step = trainer.global_step
-        self._start, self._num_batches = time.monotonic(), 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object
+    ) -> None:
+        """Keep the learning rate that this step takes: the schedule moves on before it ends."""
+        self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+        if self._running_since is None:
+            self._running_since = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object
     ) -> None:
-        """Write a point every N optimizer steps: the only place that waits."""
+        """Write a point every N optimizer steps: the only place that waits for the GPU."""
         assert isinstance(pl_module, InpaintingControlNet)
         self._num_batches += 1
         step = trainer.global_step
         if step == self._step or step % self.every_n_steps:
             return
         self._step = step
-        sampler = trainer.train_dataloader.batch_sampler  # type: ignore[union-attr]
         values = {
             "train/loss": pl_module.mean_loss(epoch=False),
-            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/lr": self._learning_rate,
         }
         if pl_module.grad_norm is not None:
             values["train/grad_norm"] = pl_module.grad_norm
-        now = time.monotonic()
+        values = {name: float(value) for name, value in values.items()}
+        self._stop_clock()
+        sampler = trainer.train_dataloader.batch_sampler  # type: ignore[union-attr]
         num_samples = self._num_batches * sampler.samples_per_batch
-        values["train/samples_per_second"] = num_samples / (now - self._start)
-        self._start, self._num_batches = now, 0
-        trainer.logger.log_metrics(  # type: ignore[union-attr]
-            {name: float(value) for name, value in values.items()}, step
-        )
+        values["train/samples_per_second"] = num_samples / self._elapsed_s
+        self._elapsed_s, self._num_batches = 0.0, 0
+        self._running_since = time.monotonic()
+        trainer.logger.log_metrics(values, step)  # type: ignore[union-attr]
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the validation out of the training speed: stop the clock."""
-        self._start -= time.monotonic()
+        """Stop the clock until the next training batch."""
+        self._stop_clock()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock again, and write val/loss."""
-        self._start += time.monotonic()
+        """Write val/loss."""
         if not trainer.sanity_checking:
             loss = float(trainer.callback_metrics["val/loss"])
             trainer.logger.log_metrics({"val/loss": loss}, trainer.global_step)  # type: ignore[union-attr]
+
+    def _stop_clock(self) -> None:
+        if self._running_since is not None:
+            self._elapsed_s += time.monotonic() - self._running_since
+        self._running_since = None
 
 
 def _add_images(trainer: pl.Trainer, tag: str, images: Tensor) -> None:
@@ -190,37 +217,11 @@ class ValidationInpaintings(pl.Callback):
             return
         assert isinstance(pl_module, InpaintingControlNet)
         samples = [self.dataset[0, i] for i in range(min(NUM_PICTURES, len(self.dataset)))]
-        base = pl_module.base
-        pipeline = make_pipeline(
-            vae=base.vae,
-            unet=base.unet,
-            text_encoder=base.text_encoder,
-            tokenizer=base.tokenizer,
-            controlnet=pl_module.best_controlnet,
-            scheduler=make_scheduler("unipc", base.noise_scheduler),
-        )
-        size = samples[0]["image"].shape[-1]
-        was_training = pl_module.controlnet.training
-        pl_module.controlnet.eval()
-        results = [
-            inpaint(
-                pipeline,
-                image=sample["image"].permute(1, 2, 0).numpy(),
-                mask=sample["mask"][0].numpy(),
-                prompt=sample["prompt"],
-                negative_prompt="",
-                seed=int(sample["image_id"]) % 2**31,
-                num_inference_steps=NUM_SAMPLING_STEPS,
-                guidance_scale=GUIDANCE_SCALE,
-                conditioning_scale=1.0,
-                strength=1.0,
-                image_size=size,
-                crop_to_mask=False,
-                mask_blur=0,
-            )
-            for sample in samples
-        ]
-        pl_module.controlnet.train(was_training)
+        try:
+            results = [_inpaint(pl_module, sample) for sample in samples]
+        except FloatingPointError as error:  # a picture is no reason to end days of training
+            logger.warning("no validation pictures: %s", error)
+            return
         if not trainer.is_global_zero:
             return
         image = torch.stack([sample["image"] for sample in samples])
@@ -233,3 +234,31 @@ class ValidationInpaintings(pl.Callback):
             "val/prompts", "\n\n".join(s["prompt"] or "(empty)" for s in samples),
             trainer.global_step,
         )  # fmt: skip
+
+
+def _inpaint(module: InpaintingControlNet, sample: Sample) -> np.ndarray:
+    """Fill a sample's hole with the networks in memory, (H, W, 3) uint8."""
+    base = module.base
+    pipeline = make_pipeline(
+        vae=base.vae,
+        unet=base.unet,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        controlnet=module.best_controlnet,
+        scheduler=make_scheduler("unipc", base.noise_scheduler),
+    )
+    return inpaint(
+        pipeline,
+        image=sample["image"].permute(1, 2, 0).numpy(),
+        mask=sample["mask"][0].numpy(),
+        prompt=sample["prompt"],
+        negative_prompt="",
+        seed=int(sample["image_id"]) % 2**31,
+        num_inference_steps=NUM_SAMPLING_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        conditioning_scale=1.0,
+        strength=1.0,
+        image_size=sample["image"].shape[-1],
+        crop_to_mask=False,
+        mask_blur=0,
+    )

@@ -99,6 +99,9 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save before the first step: whatever happens, there is something to resume from."""
+        if trainer.is_global_zero:  # what a kill within a save left behind
+            for torn in self.path.parent.glob(".*.ckpt.*.tmp"):
+                torn.unlink()
         if trainer.global_step == 0:
             self._save(trainer)
         self._saved_step = trainer.global_step
@@ -133,24 +136,26 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: pl.Trainer) -> None:
         """Write last.ckpt. Every rank takes part.
 
-        DeepSpeed writes a folder, in place: it gets a new name each time, and last.ckpt points
-        to the newest complete one.
+        DeepSpeed writes a folder of many files: there are two in turn, and last.ckpt is a link
+        that moves to the new one once it is whole. `*.ckpt` finds the link alone.
         """
         self._saved_step = trainer.global_step
         if not isinstance(trainer.strategy, DeepSpeedStrategy):
             trainer.save_checkpoint(self.path)
             return
-        folder = self.path.with_name(f"last-step={trainer.global_step}.ckpt")
-        trainer.save_checkpoint(folder)
-        trainer.strategy.barrier()
+        folder, old = (self.path.with_name(f"last.{letter}") for letter in "ab")
+        if self.path.is_symlink() and self.path.readlink().name == folder.name:
+            folder, old = old, folder
+        if trainer.is_global_zero:
+            shutil.rmtree(folder, ignore_errors=True)
+        trainer.save_checkpoint(folder)  # rank 0's path counts, on all ranks
         if trainer.is_global_zero:
             link = self.path.with_name(f".{LAST_NAME}.link")
             link.unlink(missing_ok=True)
             link.symlink_to(folder.name)
             link.replace(self.path)
-            for old in self.path.parent.glob("last-step=*.ckpt"):
-                if old != folder:
-                    shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
+        trainer.strategy.barrier()  # no rank may end before the link is there
 
 
 class StopOnSignal(pl.Callback):
@@ -164,10 +169,14 @@ class StopOnSignal(pl.Callback):
         self.signum = 0
         self._group: dist.ProcessGroup | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the handlers; replaces Lightning's."""
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._handle)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prepare for asking all ranks; install the handlers where no sanity check did."""
+        self.on_sanity_check_start(trainer, pl_module)
         if trainer.world_size > 1:
             # On the CPU: asking costs no synchronisation with the GPU.
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))

@@ -8,6 +8,7 @@ another batch size or number of devices too.
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -142,6 +143,15 @@ class EpochLoader(DataLoader[Sample]):
         yield from super().__iter__()
 
 
+def _leave_signals_to_the_run(worker_id: int) -> None:
+    """Let a worker outlive Ctrl-C and SIGTERM, which reach the whole process group.
+
+    The run still needs its samples to end the step and save; its workers end with it.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 class ResumePosition(pl.Callback):
     """Knows how many samples of the epoch all ranks together have consumed, and restores it.
 
@@ -236,9 +246,8 @@ class InpaintingDataModule(pl.LightningDataModule):
         train_rows, val_rows = split_rows(index.image_ids, val_split=val_split)
         if overfit_batches:
             order = generator(rule.seed, "overfit").permutation(train_rows)
-            train_rows = val_rows = np.sort(order[: overfit_batches * batch_size])
-            train_rows = np.resize(train_rows, max(len(train_rows), overfit_batches * batch_size))
-            val_rows = val_rows if val_split > 0 else val_rows[:0]
+            train_rows = np.sort(order[: overfit_batches * batch_size])
+            val_rows = train_rows if val_split > 0 else val_rows
         self.train_set = CocoInpaintingDataset(
             index, rows=train_rows, tokenizer=tokenizer, rule=rule, is_training=True
         )
@@ -268,6 +277,7 @@ class InpaintingDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=trainer.strategy.root_device.type == "cuda",
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_leave_signals_to_the_run,
         )
         loader.trainer, loader.position = trainer, self.position
         return loader
@@ -288,6 +298,7 @@ class InpaintingDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=trainer.strategy.root_device.type == "cuda",
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_leave_signals_to_the_run,
         )
 
     def _trainer(self) -> pl.Trainer:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ControlNetModel
 from diffusers.optimization import get_scheduler
+from pytorch_lightning.strategies import DeepSpeedStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -84,7 +85,8 @@ class InpaintingControlNet(pl.LightningModule):
         average = copy.deepcopy(controlnet).requires_grad_(False).eval() if ema_decay else None
         object.__setattr__(self, "average", average)
         self.average: ControlNetModel | None
-        self.grad_norm: Tensor | None = None
+        self._grad_norm: Tensor | None = None
+        self._whole_weights: dict[str, Tensor] | None = None
         self.loss_sums = torch.zeros(4, dtype=torch.float64)
         self._validation_losses: list[tuple[Tensor, Tensor]] = []
 
@@ -92,6 +94,35 @@ class InpaintingControlNet(pl.LightningModule):
     def best_controlnet(self) -> ControlNetModel:
         """What validation, samples and the export use: the average where there is one."""
         return self.controlnet if self.average is None else self.average
+
+    @property
+    def grad_norm(self) -> Tensor | float | None:
+        """The last step's global gradient norm before clipping; DeepSpeed clips by itself."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy):
+            return strategy.deepspeed_engine.get_global_grad_norm()
+        return self._grad_norm
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Return best_controlnet's weights, fp32 on CPU. Every rank must call it.
+
+        DeepSpeed spreads the fp32 weights over the ranks; the module has their 16-bit copies, and
+        under ZeRO-3 state_dict() gives empty tensors.
+        """
+        if self._whole_weights is not None:
+            return self._whole_weights
+        weights: dict[str, Tensor] = self.best_controlnet.state_dict()
+        if self.average is None and isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            for name, parameter in self.controlnet.named_parameters():
+                weights[name] = cast(Tensor, safe_get_full_fp32_param(parameter)).cpu()
+        return weights
+
+    def on_train_end(self) -> None:
+        """Collect DeepSpeed's weights while they are still on their devices."""
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            self._whole_weights = self.whole_weights()
 
     def on_fit_start(self) -> None:
         """Move what Lightning doesn't know of to the device."""
@@ -117,14 +148,15 @@ class InpaintingControlNet(pl.LightningModule):
         image = normalize_image(batch["image"])
         latents = base.encode_image(image, posterior_noise=batch["posterior_noise"])
         noisy_latents = base.noise_scheduler.add_noise(latents, noise, timesteps)  # type: ignore[arg-type]
-        model_pred = predict_noise(
-            controlnet,
-            base.unet,
-            noisy_latents=noisy_latents,
-            timesteps=timesteps,
-            encoder_hidden_states=base.encode_prompt(batch["input_ids"]),
-            conditioning=make_conditioning(batch["image"], batch["mask"]),
-        )
+        with self._autocast():
+            model_pred = predict_noise(
+                controlnet,
+                base.unet,
+                noisy_latents=noisy_latents,
+                timesteps=timesteps,
+                encoder_hidden_states=base.encode_prompt(batch["input_ids"]),
+                conditioning=make_conditioning(batch["image"], batch["mask"]),
+            )
         target = prediction_target(
             base.noise_scheduler, latents=latents, noise=noise, timesteps=timesteps
         )
@@ -132,6 +164,11 @@ class InpaintingControlNet(pl.LightningModule):
         if self.snr_gamma is not None:
             loss = loss * min_snr_weights(base.noise_scheduler, timesteps, snr_gamma=self.snr_gamma)
         return loss
+
+    def _autocast(self) -> torch.autocast:
+        """Lightning's own context doesn't get through to here: DeepSpeed's engine disables it."""
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def on_train_epoch_start(self) -> None:
         """Begin a new epoch mean."""
@@ -190,7 +227,8 @@ class InpaintingControlNet(pl.LightningModule):
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         parameters = [p for p in self.controlnet.parameters() if p.requires_grad]
-        if getattr(self.trainer.strategy, "offload_optimizer", False):
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy) and _offloads_optimizer(strategy):
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             return DeepSpeedCPUAdam(
@@ -217,8 +255,10 @@ class InpaintingControlNet(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the global norm, and keep the norm (before clipping) for the log."""
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            return
         limit = gradient_clip_val or float("inf")
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.controlnet.parameters(), limit)
+        self._grad_norm = torch.nn.utils.clip_grad_norm_(self.controlnet.parameters(), limit)
 
     def update_average(self, *, num_steps: int) -> None:
         """Move the average towards the parameters after an optimizer step.
@@ -259,3 +299,8 @@ class InpaintingControlNet(pl.LightningModule):
                     "Resume without --ema_decay, or start anew with --controlnet_weights."
                 )
             self.average.load_state_dict(checkpoint["average"], strict=True)
+
+
+def _offloads_optimizer(strategy: DeepSpeedStrategy) -> bool:
+    assert isinstance(strategy.config, dict)
+    return "offload_optimizer" in strategy.config.get("zero_optimization", {})

@@ -10,7 +10,10 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning import profilers
 from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.plugins.precision import DeepSpeedPrecision
+from torch import Tensor
 
+from inpainting.runs import is_first_process
 from lightning_callbacks import (
     AverageWeights,
     Curves,
@@ -27,6 +30,30 @@ from lightning_checkpoints import (
     StopOnSignal,
 )
 from lightning_data import InpaintingDataModule
+
+
+class DeepSpeedAutocast(DeepSpeedPrecision):
+    """--precision under DeepSpeed as everywhere else: the training step's autocast, fp32 weights.
+
+    Lightning's own would cast the weights and the samples' noise to 16 bits, and mix nothing.
+    Only fp16 keeps 16-bit weights: its loss scale is DeepSpeed's.
+
+    Args:
+        precision: "32", "bf16-mixed" or "16-mixed".
+    """
+
+    def __init__(self, precision: str) -> None:
+        super().__init__("16-mixed" if precision == "16-mixed" else "32-true")
+
+    def convert_input(self, data: Any) -> Any:
+        """Leave the batch as it is."""
+        return data
+
+    def backward(
+        self, tensor: Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Let the accumulated steps be averaged once: Lightning has divided already."""
+        model.trainer.model.backward(tensor, scale_wrt_gas=False)  # type: ignore[union-attr]
 
 
 def build_trainer(
@@ -77,7 +104,7 @@ def build_trainer(
         devices=args.devices,
         num_nodes=args.num_nodes,
         strategy=args.strategy,
-        precision=args.precision,
+        precision=None if is_deepspeed else args.precision,
         max_epochs=args.num_epochs,
         max_steps=args.max_steps,
         limit_train_batches=args.limit_train_batches,
@@ -87,8 +114,8 @@ def build_trainer(
         log_every_n_steps=args.log_every_n_steps,
         logger=RunLogger(run_dir, name="", version="", purge_step=purge_step),
         callbacks=callbacks,
-        plugins=None if is_deepspeed else [AtomicCheckpointIO()],
-        profiler=_build_profiler(args.profiler, run_dir=run_dir),
+        plugins=[DeepSpeedAutocast(args.precision) if is_deepspeed else AtomicCheckpointIO()],
+        profiler=_build_profiler(args.profiler, run_dir=run_dir) if is_first_process() else None,
         num_sanity_val_steps=1,
         use_distributed_sampler=False,
         enable_model_summary=False,

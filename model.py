@@ -6,20 +6,25 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from inpainting.base import BaseConfig, read_base_config
 from inpainting.interop import describe_mismatch
+from inpainting.single_file import read_single_file
 
 # Channels of diffusers' hint encoder; each entry after the first halves the picture once.
 HINT_CHANNELS = (16, 32, 96, 256, 256, 256)
 SINGLE_FILE_SD2_WIDTH = 1024
 GIB = 2**30
+
+Networks = tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]
 
 
 @dataclass
@@ -111,24 +116,23 @@ def load_base(
     """
     config = read_base_config(name_or_path, base_config=base_config)
     check_prediction_type(config, prediction_type)
-    try:
-        parts = _load_single_file(config) if config.single_file else _load_folder(config, dtype)
-    except (OSError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(
-            f"the base {config.name} must hold the weights that its configuration describes, got: "
-            f"{reason} Fetch it again, or correct --pretrained_model_name_or_path."
-        ) from error
+    parts = _load_single_file(config) if config.single_file else _load_folder(config, dtype)
     vae, unet, text_encoder = parts
     for network in parts:
         nn.Module.to(network, dtype=torch.float32 if network is vae else dtype)
         network.requires_grad_(False).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(config.config_dir / "tokenizer")
+    if len(tokenizer) != text_encoder.config.vocab_size:
+        raise ValueError(
+            f"the base's tokenizer must know the text encoder's {text_encoder.config.vocab_size} "
+            f"tokens, got {len(tokenizer)}. Fetch vocab.json and merges.txt of {config.name} again."
+        )
     chosen = config.prediction_type if prediction_type == "auto" else prediction_type
     return Base(
         vae=vae,
         unet=unet,
         text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(config.config_dir / "tokenizer"),
+        tokenizer=tokenizer,
         noise_scheduler=cast(
             DDPMScheduler, DDPMScheduler.from_config(config.scheduler, prediction_type=chosen)
         ),
@@ -150,27 +154,72 @@ def check_prediction_type(config: BaseConfig, prediction_type: str) -> None:
         )
 
 
-def _load_folder(
-    config: BaseConfig, dtype: torch.dtype
-) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:
+def _load_folder(config: BaseConfig, dtype: torch.dtype) -> Networks:
+    """Load a diffusers folder or hub id, strictly: the libraries make up what a folder lacks.
+
+    Raises:
+        ValueError: the weights are missing, torn, or don't fit the configuration.
+    """
     name = config.name_or_path
+    try:
+        loaded: Any = (
+            AutoencoderKL.from_pretrained(
+                name, subfolder="vae", torch_dtype=torch.float32, output_loading_info=True
+            ),
+            UNet2DConditionModel.from_pretrained(
+                name, subfolder="unet", torch_dtype=dtype, output_loading_info=True
+            ),
+            CLIPTextModel.from_pretrained(
+                name, subfolder="text_encoder", dtype=dtype, output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            ),
+        )  # fmt: skip
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(_describe_misfit(config, str(error).strip().splitlines()[0])) from error
+    for part, (_, info) in zip(("vae", "unet", "text_encoder"), loaded, strict=True):
+        for kind in ("missing", "unexpected", "mismatched"):
+            if info[f"{kind}_keys"]:
+                names = ", ".join(str(key) for key in sorted(info[f"{kind}_keys"])[:3])
+                count = len(info[f"{kind}_keys"])
+                raise ValueError(_describe_misfit(config, f"{part}: {count} {kind}: {names}."))
+    vae, unet, text_encoder = (network for network, _ in loaded)
+    return vae, unet, text_encoder
+
+
+def _load_single_file(config: BaseConfig) -> Networks:
+    """Load a file in the authors' own format, strictly.
+
+    Raises:
+        ValueError: the file lacks a network, or its tensors don't fit the configuration.
+    """
+    assert config.single_file is not None
+    with init_empty_weights():
+        vae = cast(AutoencoderKL, AutoencoderKL.from_config(config.vae))
+        unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(config.unet))
+        text_encoder = CLIPTextModel(CLIPTextConfig(**config.text_encoder))
+    weights = read_single_file(config.single_file, config=config, text_encoder=text_encoder)
+    for part, network, state_dict in (
+        ("vae", vae, weights.vae),
+        ("unet", unet, weights.unet),
+        ("text_encoder", text_encoder, weights.text_encoder),
+    ):
+        mismatch = describe_mismatch(shapes(network.state_dict()), shapes(state_dict))
+        if mismatch:
+            raise ValueError(_describe_misfit(config, f"{part}: {mismatch}."))
+        network.load_state_dict(state_dict, strict=True, assign=True)
+    return vae, unet, text_encoder
+
+
+def _describe_misfit(config: BaseConfig, reason: str) -> str:
     return (
-        AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=torch.float32),
-        UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=dtype),
-        CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype),
+        f"the base {config.name} must hold the weights that its configuration describes, got "
+        f"{reason} Fetch it again, or correct --pretrained_model_name_or_path or --base_config."
     )
 
 
-def _load_single_file(
-    config: BaseConfig,
-) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_single_file(
-        str(config.single_file), config=str(config.config_dir), torch_dtype=torch.float32,
-        safety_checker=None, local_files_only=True,
-    )  # fmt: skip
-    return pipeline.vae, pipeline.unet, pipeline.text_encoder
+def shapes(state_dict: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Return each tensor's shape by its name."""
+    return {name: tensor.shape for name, tensor in state_dict.items()}
 
 
 def build_controlnet(unet: UNet2DConditionModel, *, stride: int) -> ControlNetModel:
@@ -199,9 +248,7 @@ def load_controlnet_weights(
     Raises:
         ValueError: lists the differences by name.
     """
-    expected = {name: tensor.shape for name, tensor in controlnet.state_dict().items()}
-    got = {name: tensor.shape for name, tensor in state_dict.items()}
-    mismatch = describe_mismatch(expected, got)
+    mismatch = describe_mismatch(shapes(controlnet.state_dict()), shapes(state_dict))
     if mismatch:
         raise ValueError(
             f"{source} must hold a ControlNet for this base, got {mismatch}. "

@@ -17,9 +17,11 @@ GREEN_LAND = ("meadow", "field", "lake", "railway")
 
 
 class Draw(Protocol):
-    """Draws one thing in thing units, the named colour and the details that may differ given."""
+    """What draws one kind."""
 
-    def __call__(self, pen: Pen, *, color: Color, rng: np.random.Generator) -> None: ...  # noqa: D102
+    def __call__(self, pen: Pen, *, color: Color, rng: np.random.Generator) -> None:
+        """Draw in thing units; `rng` chooses between looks of the same name."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ KINDS: dict[str, Kind] = {
         artefacts.draw_balloon, 0.32, 0.7, VIVID, (*OPEN_LAND, "sea", "lake", "railway"), "sky"
     ),
     "bird": Kind(
-        artefacts.draw_bird, 0.12, 1.85, ("white", "black", "red", "blue", "yellow"),
+        artefacts.draw_bird, 0.12, 1.85, ("black", "red", "blue", "yellow"),
         (*OPEN_LAND, "sea", "beach", "lake"), "sky", "flock",
     ),
     "dog": Kind(

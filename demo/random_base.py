@@ -74,16 +74,7 @@ def write_random_base(
             folder / "unet"
         )
         _build_text_encoder().save_pretrained(folder / "text_encoder")
-    PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        num_train_timesteps=1000,
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,  # pyright: ignore[reportArgumentType]
-    ).save_pretrained(folder / "scheduler")
+    _build_scheduler(prediction_type).save_pretrained(folder / "scheduler")
     _write_json(folder / "model_index.json", PIPELINE_INDEX)
     return folder
 
@@ -114,6 +105,20 @@ def write_byte_tokenizer(folder: Path) -> None:
             "do_lower_case": True,
             **special_tokens,
         },
+    )
+
+
+def _build_scheduler(prediction_type: str) -> PNDMScheduler:
+    """Stable Diffusion 1.5's own schedule."""
+    return PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,  # pyright: ignore[reportArgumentType]
     )
 
 

@@ -26,6 +26,7 @@ from demo.composition import Plan, depth_of, plan_scene
 from demo.kinds import CATEGORY_NAMES, KINDS
 from demo.pen import COLORS, Canvas, Color, Light, Pen
 from demo.records import describe_mask
+from inpainting.atomic import write_text_atomically
 from inpainting.randomness import generator
 
 
@@ -54,32 +55,41 @@ def write_scenes(folder: str | Path, *, num_scenes: int, size: int, seed: int) -
     images, instances, captions = [], [], []
     for index in range(num_scenes):
         picture, labels, plan = draw_scene(index, size=size, seed=seed)
-        image_id = index + 1
-        record = {"id": image_id, "file_name": f"{image_id:012d}.png"}
-        images.append({**record, "width": size, "height": size})
-        Image.fromarray(picture).save(folder / "images" / record["file_name"], compress_level=4)
-        for number, thing in enumerate(plan.things):
-            mask = labels == number + 1
-            if mask.any():
-                category_id = CATEGORY_NAMES.index(thing.name) + 1
-                instance = describe_mask(mask, is_crowd=thing.is_crowd)
-                keys = {"id": len(instances) + 1, "image_id": image_id, "category_id": category_id}
-                instances.append({**keys, **instance})
+        image_id, file_name = index + 1, f"{index + 1:012d}.png"
+        Image.fromarray(picture).save(folder / "images" / file_name, compress_level=4)
+        images.append({"id": image_id, "file_name": file_name, "width": size, "height": size})
+        for record in record_things(labels, plan=plan):
+            instances.append({"id": len(instances) + 1, "image_id": image_id, **record})
         for caption in write_captions(plan):
             captions.append({"id": len(captions) + 1, "image_id": image_id, "caption": caption})
+    info = {"description": f"drawn scenes, seed {seed}", "version": "1.0"}
+    header = {"info": info, "licenses": [], "images": images}
     categories = [
         {"id": number + 1, "name": name, "supercategory": "scene"}
         for number, name in enumerate(CATEGORY_NAMES)
     ]
-    header = {"info": {"description": f"drawn scenes, seed {seed}", "version": "1.0"}}
-    header |= {"licenses": [], "images": images}
     annotations = folder / "annotations"
     _write_json(annotations / "captions.json", {**header, "annotations": captions})
-    _write_json(
-        annotations / "instances.json",
-        {**header, "annotations": instances, "categories": categories},
-    )
+    instances_json = {**header, "annotations": instances, "categories": categories}
+    _write_json(annotations / "instances.json", instances_json)
     return folder
+
+
+def record_things(labels: np.ndarray, *, plan: Plan) -> list[dict[str, Any]]:
+    """Return a COCO record, without its ids, for each thing that is visible.
+
+    Args:
+        labels: (H, W) uint8 label map of the plan, from `draw_scene`.
+        plan: what was drawn.
+    """
+    records = []
+    for number, thing in enumerate(plan.things):
+        mask = labels == number + 1
+        if mask.any():  # a small far thing can be hidden, or lost between pixels
+            category_id = CATEGORY_NAMES.index(thing.name) + 1
+            record = describe_mask(mask, is_crowd=thing.is_crowd)
+            records.append({"category_id": category_id, **record})
+    return records
 
 
 def draw_scene(index: int, *, size: int, seed: int) -> tuple[np.ndarray, np.ndarray, Plan]:
@@ -139,6 +149,4 @@ def _draw_thing(
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
-    partial.replace(path)
+    write_text_atomically(path, json.dumps(content, separators=(",", ":")))

@@ -13,6 +13,12 @@ from pathlib import Path
 from typing import Any
 
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
+# What is read of each configuration; diffusers leaves out nothing that it saved.
+NEEDED_ENTRIES = {
+    "unet": ("sample_size", "in_channels", "cross_attention_dim"),
+    "vae": ("block_out_channels", "latent_channels"),
+    "text_encoder": ("hidden_size",),
+}
 CONFIG_FILES = ("model_index.json", "*/config.json", "scheduler/*", "tokenizer/*")
 
 
@@ -85,7 +91,10 @@ def read_base_config(name_or_path: str, *, base_config: str | None = None) -> Ba
             f"a single weight file needs its configurations and tokenizer, got {name_or_path} "
             "alone. Name their folder or hub id with --base_config."
         )
-    config_dir = _locate_configs(base_config if single_file and base_config else name_or_path)
+    if single_file is not None and base_config is not None:
+        config_dir = _locate_configs(base_config, flag="--base_config")
+    else:
+        config_dir = _locate_configs(name_or_path, flag="--pretrained_model_name_or_path")
     config = BaseConfig(
         name_or_path=name_or_path,
         config_dir=config_dir,
@@ -99,15 +108,15 @@ def read_base_config(name_or_path: str, *, base_config: str | None = None) -> Ba
     return config
 
 
-def _locate_configs(name_or_path: str) -> Path:
+def _locate_configs(name_or_path: str, *, flag: str) -> Path:
     """Return a local folder with the configurations, fetching only those from the hub."""
     path = Path(name_or_path)
     if path.is_dir():
         return path
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
         raise FileNotFoundError(
-            f"--pretrained_model_name_or_path must be a hub id, a diffusers folder or a single "
-            f"file that exists, got {name_or_path}. Check the path."
+            f"{flag} must be a hub id, or a diffusers folder or single file that exists, "
+            f"got {name_or_path}. Check the path."
         )
     from huggingface_hub import snapshot_download
 
@@ -117,7 +126,7 @@ def _locate_configs(name_or_path: str) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"the base {name_or_path} must be a folder on disk or reachable on the hub, got: "
-            f"{reason} Download it once and name the folder with --pretrained_model_name_or_path."
+            f"{reason} Download it once and name the folder with {flag}."
         ) from error
 
 
@@ -155,6 +164,13 @@ def _check_is_supported(config: BaseConfig) -> None:
             "the base's UNet must take 4 channels, got 9: this is an inpainting UNet, which a "
             f"ControlNet for plain bases can't share. {advice}"
         )
+    for part, names in NEEDED_ENTRIES.items():
+        missing = [name for name in names if getattr(config, part).get(name) is None]
+        if missing:
+            raise ValueError(
+                f"{part}/config.json must say {', '.join(names)}, got no {', '.join(missing)}. "
+                "Fetch the base again."
+            )
     if channels != 4 or config.vae.get("latent_channels") != 4:
         raise ValueError(
             f"the base's UNet and VAE must have 4 latent channels, got {channels} and "

@@ -1,24 +1,22 @@
-"""Reading COCO's json files row by row, and deciding which rows can be used.
+"""Deciding which rows of COCO's files can be used, and bringing every mask into one form.
 
 Everything that comes from a file is checked here, before pycocotools sees it: its C code trusts
 its input (a NaN in a polygon takes all memory, run lengths that fall short show uninitialised
-memory). A bad row raises `BadRecordError`, which the index counts; a file that is not what its flag
-promises raises one line for the user.
+memory). A bad row raises `BadRecordError`, which the index counts.
 
-Terms: a *table* is one list of the file ("images", "annotations", "categories"), a *row* is one
-entry of it. *RLE* are run lengths, column by column, beginning with a run of zeros; COCO knows them
-as a list of integers and as *compressed* text, pycocotools' own form, which is the one kept.
+Terms: a *row* is one entry of a file's table, as decoded from json. *RLE* are run lengths, column
+by column, beginning with a run of zeros; COCO knows them as a list of integers and as *compressed*
+text, pycocotools' own form, which is the one kept.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -30,15 +28,9 @@ MAX_PICTURE_PX = 178_956_970  # Pillow refuses larger ones as decompression bomb
 # pycocotools walks along the whole outline in fifths of a pixel, 16 bytes a step; outlines of real
 # objects have some thousand pixels.
 MAX_OUTLINE_PX = 1_000_000
+NUM_EXAMPLES = 5  # rows of a kind of fault that are told
 
-_BLANK = re.compile(r"[ \t\n\r]*")
 _COUNTS_REASON = 'the "counts" of an RLE must be integers or compressed text'
-_FOREIGN_STARTS = (
-    (b"version https://git-lfs", "a Git LFS pointer. Fetch the file itself with `git lfs pull`."),
-    (b"<", "an HTML or XML page. Download the file again."),
-    (b"\x1f\x8b", "a gzip archive. Unpack it first."),
-    (b"PK\x03\x04", "a zip archive. Unpack it first."),
-)
 
 
 class BadRecordError(ValueError):
@@ -65,7 +57,6 @@ class Problem:
 class ProblemLog:
     """The rows that were left out, by kind."""
 
-    num_examples: int = 5
     kinds: dict[str, Problem] = field(default_factory=dict)
 
     def add(self, table: str, row: str, error: BadRecordError) -> None:
@@ -73,156 +64,9 @@ class ProblemLog:
         kind = f"{table}: {error.reason}"
         seen = self.kinds.get(kind, Problem(count=0, examples=()))
         examples = seen.examples
-        if len(examples) < self.num_examples:
+        if len(examples) < NUM_EXAMPLES:
             examples = (*examples, f"{row}: {error}")
         self.kinds[kind] = Problem(count=seen.count + 1, examples=examples)
-
-
-class JsonTables:
-    """One COCO json, whose tables are read row by row.
-
-    The file's text is held, but never all of its Python objects: those of COCO's 448 MB would be
-    some gigabytes. Each table is decoded once where the file has them in the order of reading.
-    """
-
-    def __init__(self, path: Path, *, flag: str) -> None:
-        """Read the file and check that it can be a COCO json.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is something else than a json object.
-        """
-        self._path = path
-        self._flag = flag
-        self._text = _read_text(path, flag=flag)
-        self._decode = json.JSONDecoder().raw_decode
-        self._starts: dict[str, int] = {}  # where the value of each key met so far begins
-        self._ends: dict[int, int] = {}  # where the value that begins here ends
-        self._last_start = -1
-        self._first = self._skip_blank(0)
-        if self._mark(self._first) == "[":
-            raise self.foreign("a bare list, as of detection results")
-        if self._mark(self._first) != "{":
-            raise self.foreign("something else than a json object")
-
-    def foreign(self, what: str) -> ValueError:
-        """Return the error that says what the file is instead of what its flag promises."""
-        kind = "captions" if self._flag == "--caption_file" else "instances"
-        return ValueError(
-            f"{self._flag} must be a COCO {kind} json, got {what}: {self._path}. "
-            f"Name a file like {kind}_train2017.json."
-        )
-
-    def has(self, table: str) -> bool:
-        """Tell whether the file has this table; walks on through the file to find it."""
-        while table not in self._starts:
-            if not self._step():
-                return False
-        return True
-
-    def rows(self, table: str) -> Iterator[object]:
-        """Yield the rows of one table, each decoded when it is asked for.
-
-        Raises:
-            ValueError: if the file has no such table, or breaks off.
-        """
-        if not self.has(table):
-            raise self.foreign(f'a json without "{table}"')
-        start = self._starts[table]
-        if self._mark(start) != "[":
-            raise self.foreign(f'a json whose "{table}" is not a list')
-        yield from self._rows_from(start)
-
-    def finish(self) -> None:
-        """Walk to the end of the file, so that one that was cut off is noticed.
-
-        Raises:
-            ValueError: if the file breaks off.
-        """
-        while self._step():
-            pass
-
-    def _step(self) -> bool:
-        """Walk over the value of the last key to the value of the next; False at the end."""
-        if self._last_start < 0:
-            at = self._skip_blank(self._first + 1)
-        else:
-            at = self._skip_blank(self._end_of(self._last_start))
-        if self._mark(at) == "}":
-            return False
-        if self._last_start >= 0:
-            at = self._after(at, ",")
-        key, at = self._value(at)
-        self._last_start = self._after(self._skip_blank(at), ":")
-        self._starts[str(key)] = self._last_start
-        return True
-
-    def _end_of(self, start: int) -> int:
-        if start not in self._ends:
-            if self._mark(start) == "[":
-                for _ in self._rows_from(start):
-                    pass
-            else:
-                self._ends[start] = self._value(start)[1]
-        return self._ends[start]
-
-    def _rows_from(self, start: int) -> Iterator[object]:
-        at = self._skip_blank(start + 1)
-        if self._mark(at) != "]":
-            while True:
-                row, at = self._value(at)
-                yield row
-                at = self._skip_blank(at)
-                if self._mark(at) == "]":
-                    break
-                at = self._after(at, ",")
-        self._ends[start] = at + 1
-
-    def _value(self, at: int) -> tuple[object, int]:
-        try:
-            return self._decode(self._text, at)
-        except (ValueError, RecursionError) as error:  # also integers of thousands of digits
-            raise self._broken(getattr(error, "pos", at)) from error
-
-    def _after(self, at: int, mark: str) -> int:
-        if self._mark(at) != mark:
-            raise self._broken(at)
-        return self._skip_blank(at + 1)
-
-    def _mark(self, at: int) -> str:
-        return self._text[at : at + 1]
-
-    def _skip_blank(self, at: int) -> int:
-        match = _BLANK.match(self._text, at)
-        assert match is not None
-        return match.end()
-
-    def _broken(self, at: int) -> ValueError:
-        return ValueError(
-            f"{self._flag} must be a whole json file, got {self._path}, which goes wrong or breaks "
-            f"off at character {at} of {len(self._text)}. Download or export it again."
-        )
-
-
-def _read_text(path: Path, *, flag: str) -> str:
-    """Return the text of a json file, in whichever Unicode encoding it is."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{flag} must name a file, got {path}. Check the path.")
-    data = path.read_bytes()
-    for start, what in _FOREIGN_STARTS:
-        if data.startswith(start):
-            raise ValueError(f"{flag} must be a json file, got {path}, which is {what}")
-    if not data.strip():
-        raise ValueError(
-            f"{flag} must be a json file, got {path}, which is empty. Download it again."
-        )
-    try:
-        return data.decode(json.detect_encoding(data))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{flag} must be a json file, got {path}, which is not text ({error.reason} at byte "
-            f"{error.start}). Download it again."
-        ) from error
 
 
 class Picture(NamedTuple):

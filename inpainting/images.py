@@ -90,7 +90,7 @@ def read_mask(path: str | Path) -> np.ndarray:
     image = _load(path)
     try:
         levels = _mask_levels(image, path=path)
-        return _threshold(levels, is_jpeg=image.info.get("is_jpeg", False))
+        return _threshold(levels, is_jpeg=image.info["is_jpeg"])
     except _NotAMask as reason:
         raise ValueError(
             f"{path} must be a mask, white where the hole is and black elsewhere, got {reason}"

@@ -210,7 +210,7 @@ def read_controlnet_weights(path: str | Path) -> dict[str, Tensor]:
         ValueError: the file isn't a weight file, may run code, or holds no ControlNet.
     """
     path = find_weights(path)
-    state_dict, prefix, is_ldm = _find_controlnet(_read_file(path), path)
+    state_dict, prefix, is_ldm = _find_controlnet(read_weight_file(path), path)
     own = {
         name.removeprefix(prefix): tensor.detach().clone().contiguous()
         for name, tensor in state_dict.items()
@@ -222,8 +222,12 @@ def read_controlnet_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read_file(path: Path) -> object:
-    """Return what a weight file holds: by its content, since people rename files."""
+def read_weight_file(path: Path) -> object:
+    """Return what a weight file holds: by its content, since people rename files.
+
+    Raises:
+        ValueError: it holds more than tensors, or is cut short or foreign.
+    """
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
+from importlib.util import find_spec
 from pathlib import Path
 
 from inpainting.base import BaseConfig
@@ -56,7 +58,8 @@ def check_flags(args: argparse.Namespace) -> list[str]:
             f"--strategy {args.strategy} needs CUDA, got --accelerator {args.accelerator}. "
             "Use --strategy ddp."
         )
-    if "object" in args.mask_types and len(args.mask_types) == 1 and not args.ann_file:
+    has_no_objects = args.image_dir and not args.ann_file  # the demo's scenes have them
+    if list(args.mask_types) == ["object"] and has_no_objects:
         raise ValueError(
             "--mask_types object needs instance masks, got no --ann_file. Name the instances json."
         )
@@ -79,11 +82,11 @@ def _check_ranges(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be in [0, 1], got {getattr(args, name)}.")
     if args.val_split == 1:
         raise ValueError("--val_split must leave pictures to train on, got 1. Try 0.05.")
-    if not args.learning_rate > 0:
+    if not 0 < args.learning_rate < math.inf:
         raise ValueError(f"--learning_rate must be positive, got {args.learning_rate}. Try 1e-5.")
-    if args.adam_weight_decay < 0:
+    if not 0 <= args.adam_weight_decay < math.inf:
         raise ValueError(f"--adam_weight_decay must be at least 0, got {args.adam_weight_decay}.")
-    if args.gradient_clip_val < 0:
+    if not 0 <= args.gradient_clip_val < math.inf:
         raise ValueError(f"--gradient_clip_val must be at least 0, got {args.gradient_clip_val}.")
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:
         raise ValueError(f"--ema_decay must be between 0 and 1, got {args.ema_decay}. Try 0.9999.")
@@ -93,10 +96,11 @@ def _check_ranges(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--early_stopping_patience must be at least 1, got {args.early_stopping_patience}."
         )
-    if args.limit_train_batches is not None and not args.limit_train_batches > 0:
+    limit = args.limit_train_batches
+    if limit is not None and not (limit > 0 and (isinstance(limit, int) or limit <= 1)):
         raise ValueError(
-            f"--limit_train_batches must be positive, got {args.limit_train_batches}: "
-            "a number of batches (10) or a share (0.1)."
+            "--limit_train_batches must be a number of batches (10) or a share in (0, 1] (0.1), "
+            f"got {limit}."
         )
 
 
@@ -124,8 +128,8 @@ def _warnings(args: argparse.Namespace) -> list[str]:
         warnings.append(
             "--lr_warmup_steps has no effect with --lr_scheduler constant: use constant_with_warmup"
         )
-    if args.base_config and Path(args.pretrained_model_name_or_path or "").is_dir():
-        warnings.append("--base_config has no effect: the base is a folder, not a single file")
+    if args.base_config and not Path(args.pretrained_model_name_or_path or "").is_file():
+        warnings.append("--base_config has no effect: the base is not a single file")
     if args.overfit_batches and args.limit_train_batches:
         warnings.append("--limit_train_batches limits what --overfit_batches already chose")
     return warnings
@@ -155,14 +159,23 @@ def resolve_device(args: argparse.Namespace) -> None:
     """
     import torch
 
-    has_cuda = torch.cuda.is_available()
+    from inpainting.devices import best_device_type, best_precision
+
+    device_type = best_device_type()
+    has_cuda = device_type == "cuda"
     uses_cuda = has_cuda and args.accelerator in ("auto", "gpu")
     if args.accelerator == "auto" and not has_cuda:
-        args.accelerator = "mps" if torch.backends.mps.is_available() else "cpu"
-    if args.accelerator == "gpu" and not has_cuda:
+        args.accelerator = device_type
+    needs = {
+        "gpu": ("CUDA", has_cuda),
+        "mps": ("Apple's Metal", torch.backends.mps.is_available()),
+        "tpu": ("torch_xla", find_spec("torch_xla") is not None),
+    }
+    need, is_here = needs.get(args.accelerator, ("", True))
+    if not is_here:
         raise ValueError(
-            "--accelerator gpu needs CUDA, got a machine or a torch without. "
-            "Use --accelerator cpu, or install the CUDA build of torch."
+            f"--accelerator {args.accelerator} needs {need}, got a machine or a torch without. "
+            f"Use --accelerator cpu, or install the build of torch that has {need}."
         )
     if args.strategy in (*DEEPSPEED_STRATEGIES, "fsdp") and not uses_cuda:
         raise ValueError(
@@ -171,8 +184,7 @@ def resolve_device(args: argparse.Namespace) -> None:
         )
     args.devices = _parse_devices(args.devices, accelerator=args.accelerator)
     if args.precision == "auto":
-        has_bf16 = uses_cuda and torch.cuda.get_device_capability() >= (8, 0)
-        args.precision = "bf16-mixed" if has_bf16 else "16-mixed" if uses_cuda else "32"
+        args.precision = best_precision("cuda" if uses_cuda else "cpu")
     if args.precision == "16-mixed" and args.accelerator == "cpu":
         logger.warning("warning: fp16 doesn't exist on CPU: --precision 16-mixed runs as bf16")
         args.precision = "bf16-mixed"

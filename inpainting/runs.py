@@ -74,22 +74,28 @@ def find_checkpoint(name: str, *, output_dir: Path) -> Path:
     if name != "last":
         read_checkpoint(Path(name))
         return Path(name)
-    candidates = sorted(
-        output_dir.glob(f"{RUN_PREFIX}*/checkpoints/*.ckpt"),
-        key=lambda path: (path.parent.parent.stat().st_mtime, path.stat().st_mtime),
-        reverse=True,
-    )
-    by_age = sorted(candidates, key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in by_age:
-        try:
-            read_checkpoint(path)
-        except ValueError:
+    paths = output_dir.glob(f"{RUN_PREFIX}*/checkpoints/*.ckpt")
+    candidates = [path for path in paths if path.exists()]  # a link may lead nowhere
+    for path in sorted(candidates, key=lambda path: path.stat().st_mtime, reverse=True):
+        step = _loadable_step(path)
+        if step is None:
             continue
-        return path
+        # A named checkpoint that max_steps cut out of an epoch has left that epoch behind;
+        # last.ckpt of the same step, written just before it, is still inside.
+        last = path.with_name("last.ckpt")
+        return last if last.exists() and _loadable_step(last) == step else path
     raise FileNotFoundError(
         f"--resume_from_checkpoint last needs a run with a loadable checkpoint, got none under "
         f"{output_dir}. Name a checkpoint, or start without the flag."
     )
+
+
+def _loadable_step(path: Path) -> int | None:
+    """Return the optimizer step of a checkpoint (-1: DeepSpeed's), None where it can't be read."""
+    try:
+        return read_checkpoint(path).get("global_step", -1)
+    except (ValueError, FileNotFoundError):
+        return None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -105,7 +111,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     import torch
 
-    if path.is_dir() and (path / "checkpoint").is_dir():
+    if path.is_dir() and (path / "latest").is_file():  # DeepSpeed writes it last
         return {}
     if not path.is_file():
         raise FileNotFoundError(

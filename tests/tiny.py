@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -10,8 +11,9 @@ from tempfile import mkdtemp
 import numpy as np
 import torch
 from diffusers import ControlNetModel
+from transformers import CLIPTokenizer
 
-from data import Sample
+from data import CocoInpaintingDataset, Sample, SampleRule
 from demo.random_base import write_random_base
 from demo.scenes import write_scenes
 from inpainting.coco import CocoIndex
@@ -72,6 +74,7 @@ def module(
     snr_gamma: float | None = None,
     ema_decay: float | None = None,
     learning_rate: float = 1e-3,
+    gradient_checkpointing: bool = False,
 ) -> InpaintingControlNet:
     """Build the LightningModule with plain settings."""
     return InpaintingControlNet(
@@ -85,7 +88,39 @@ def module(
         snr_gamma=snr_gamma,
         ema_decay=ema_decay,
         precision="32",
-        gradient_checkpointing=False,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+
+
+def rule(*, seed: int = 42) -> SampleRule:
+    """Return what samples of a tiny base with stride 8 look like."""
+    return SampleRule(
+        image_size=SIZE,
+        latent_shape=(4, SIZE // 8, SIZE // 8),
+        num_train_timesteps=1000,
+        mask_types={"irregular": 0.4, "rectangle": 0.2, "object": 0.4},
+        mask_area_range=(0.1, 0.3),
+        empty_prompt_prob=0.5,
+        seed=seed,
+    )
+
+
+@cache
+def tokenizer() -> CLIPTokenizer:
+    """Load a base's tokenizer."""
+    return CLIPTokenizer.from_pretrained(base_folder() / "tokenizer")
+
+
+def dataset(
+    index: CocoIndex, rule: SampleRule, *, rows: Sequence[int] | None = None, is_training: bool
+) -> CocoInpaintingDataset:
+    """Build a dataset over some rows of an index, or all of them."""
+    return CocoInpaintingDataset(
+        index,
+        rows=range(len(index)) if rows is None else rows,
+        tokenizer=tokenizer(),
+        rule=rule,
+        is_training=is_training,
     )
 
 

@@ -79,6 +79,8 @@ def export(run: Path, *, format: str, dtype: str, output_dir: Path) -> Path:
     import torch
 
     from inpainting import checkpoints, interop
+    from inpainting.atomic import write_text_atomically
+    from inpainting.record import RECORD_NAME
 
     weights_path = interop.find_weights(run)
     record = checkpoints.find_record(weights_path)
@@ -98,7 +100,7 @@ def export(run: Path, *, format: str, dtype: str, output_dir: Path) -> Path:
     checkpoints.write_weights(path, tensors=tensors, record=record)
     checkpoints.write_config(target / "config.json", config=config)
     if record is not None:
-        checkpoints.write_text(target / checkpoints.RECORD_NAME, text=record.to_json())
+        write_text_atomically(target / RECORD_NAME, record.to_json())
     return target
 
 

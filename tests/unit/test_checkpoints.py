@@ -1,29 +1,22 @@
+"""The final_model folder: complete, exact, and found again."""
+
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import re
 import stat
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
-from PIL import Image
+from diffusers import ControlNetModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from demo.random_base import write_random_base
-from inpainting.checkpoints import (
-    InpaintingRecord,
-    base_hash,
-    find_record,
-    format_model_card,
-    write_atomically,
-    write_final_model,
-)
+from inpainting.checkpoints import base_hash, find_record, write_final_model
+from tests.final_model import load_unet, make_controlnet, make_record
 
 FILES = (
     "README.md",
@@ -32,31 +25,6 @@ FILES = (
     "diffusion_pytorch_model.safetensors",
     "inpainting.json",
 )
-HINTS = {4: (16, 32, 96), 8: (16, 32, 96, 256)}
-
-
-def make_record(**changes: object) -> InpaintingRecord:
-    record = InpaintingRecord(
-        image_size=64,
-        vae_stride=8,
-        prediction_type="epsilon",
-        base="my-base",
-        base_unet_sha256="0123456789abcdef",
-        is_average=False,
-        global_step=1234,
-    )
-    return dataclasses.replace(record, **changes)
-
-
-def load_unet(base: Path) -> UNet2DConditionModel:
-    return UNet2DConditionModel.from_pretrained(str(base), subfolder="unet")
-
-
-def make_controlnet(base: Path, *, stride: int = 8) -> ControlNetModel:
-    torch.manual_seed(0)
-    return ControlNetModel.from_unet(
-        load_unet(base), conditioning_embedding_out_channels=HINTS[stride]
-    )
 
 
 @pytest.fixture(scope="module")
@@ -75,42 +43,6 @@ def run_folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         training={"hole types": "irregular"},
     )
     return folder
-
-
-def test_record_survives_json() -> None:
-    record = make_record(base_unet_sha256=None, is_average=True)
-    assert InpaintingRecord.from_json(record.to_json()) == record
-    assert json.loads(record.to_json())["hole_value"] == -1.0
-    assert json.loads(record.to_json())["image_range"] == [0.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"image_size": "512"}, "image_size in inpainting.json must be a whole number > 0"),
-        ({"image_size": True}, "got True"),
-        ({"prediction_type": "x"}, "must be epsilon or v_prediction, got 'x'"),
-        ({"image_range": [0]}, "image_range .* two numbers"),
-        ({"base": ""}, "base .* must be a name"),
-        ({"version": 2}, "version 1 or older, got 2. Update"),
-        ({"mask_value": 0}, "got a difference in mask_value"),
-    ],
-)
-def test_wrong_records_are_refused(changes: dict, match: str) -> None:
-    fields = json.loads(make_record().to_json()) | changes
-    with pytest.raises(ValueError, match=match):
-        InpaintingRecord.from_json(json.dumps(fields))
-
-
-def test_damaged_records_are_refused() -> None:
-    with pytest.raises(ValueError, match="must be JSON"):
-        InpaintingRecord.from_json('{"image_size": 5')
-    with pytest.raises(ValueError, match="must hold an object, got list"):
-        InpaintingRecord.from_json("[]")
-    fields = json.loads(make_record().to_json())
-    del fields["base"]
-    with pytest.raises(ValueError, match="difference in base"):
-        InpaintingRecord.from_json(json.dumps(fields))
 
 
 def test_final_model_holds_its_files_readable_for_all_and_nothing_else(run_folder: Path) -> None:
@@ -189,20 +121,6 @@ def test_half_precision_weights_are_written_in_fp32(base: Path, tmp_path: Path) 
     assert {tensor.dtype for tensor in read.values()} == {torch.float32}
 
 
-def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("earlier")
-
-    def fail(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
-    assert path.read_text() == "earlier"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_record_is_found_from_every_place_of_a_run(run_folder: Path) -> None:
     record = make_record()
     (run_folder / "checkpoints").mkdir()
@@ -257,64 +175,3 @@ def test_base_hash_survives_a_cast_and_sees_another_base(base: Path) -> None:
         for parameter in tuned.parameters():
             parameter += 0.01 * parameter.std(correction=0) * torch.randn_like(parameter)
     assert base_hash(tuned) != short
-
-
-def snippet_of(card: str) -> str:
-    match = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    assert match, card
-    return match[1]
-
-
-@pytest.mark.parametrize("stride", [4, 8])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_cards_program_runs_as_it_stands(
-    stride: int, prediction_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = write_random_base(tmp_path / "my-base", stride=stride, prediction_type=prediction_type)
-    write_final_model(
-        tmp_path / "final_model",
-        controlnet=make_controlnet(base, stride=stride),
-        record=make_record(vae_stride=stride, prediction_type=prediction_type),
-        training={},
-    )
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    mask = np.zeros((64, 64), np.uint8)
-    mask[16:40, 20:50] = 255
-    Image.fromarray(pixels).save(tmp_path / "image.png")
-    Image.fromarray(mask).save(tmp_path / "mask.png")
-    monkeypatch.chdir(tmp_path)
-
-    variables: dict = {}
-    exec(snippet_of(Path("final_model/README.md").read_text()), variables)
-
-    control_image = variables["control_image"][0].permute(1, 2, 0).numpy()
-    assert (control_image[mask == 255] == -1.0).all()
-    known = pixels[mask == 0].astype(np.float32) / 255
-    assert np.array_equal(control_image[mask == 0], known)
-    assert variables["pipe"].scheduler.config.prediction_type == prediction_type
-    result = np.asarray(Image.open("inpainted.png"))
-    assert np.array_equal(result[mask == 0], pixels[mask == 0])
-    assert not np.array_equal(result[mask == 255], pixels[mask == 255])
-
-
-def test_the_card_says_what_was_trained() -> None:
-    card = format_model_card(
-        make_record(base="stable-diffusion-v1-5/stable-diffusion-v1-5", base_unet_sha256=None),
-        num_parameters=361_279_120,
-        training={"learning rate": 1e-5},
-    )
-    for text in (
-        "base_model: stable-diffusion-v1-5/stable-diffusion-v1-5\n",
-        "361,279,120 parameters",
-        "| picture size | 64 px |",
-        "| prediction type | epsilon |",
-        "| optimizer steps | 1,234 |",
-        "| learning rate | 1e-05 |",
-        "## Licence",
-    ):
-        assert text in card
-    assert "base_model" not in format_model_card(make_record(), num_parameters=1, training={})
-    single = format_model_card(make_record(base="a.ckpt"), num_parameters=1, training={})
-    assert ".from_single_file(\n" in single
-    for left_over in re.findall(r"TODO|\{[a-z_]+\}|More Information", card):
-        pytest.fail(left_over)

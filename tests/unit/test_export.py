@@ -6,34 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel
 from safetensors.torch import load_file
 
 from demo.random_base import write_random_base
-from inpainting.checkpoints import InpaintingRecord, find_record, write_final_model
+from inpainting.checkpoints import find_record, write_final_model
 from inpainting.interop import read_controlnet_weights
+from tests.final_model import make_controlnet, make_record
 from tools import export
 
 ROOT = Path(__file__).parents[2]
-HINTS = {4: (16, 32, 96), 8: (16, 32, 96, 256)}
 
 
 def write_run(folder: Path, *, stride: int = 8, base_name: str = "demo") -> ControlNetModel:
     base = write_random_base(folder / "base", stride=stride)
-    unet = UNet2DConditionModel.from_pretrained(str(base), subfolder="unet")
-    controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=HINTS[stride])
-    torch.manual_seed(0)
+    controlnet = make_controlnet(base, stride=stride)
     for parameter in controlnet.parameters():  # zero-convolutions would hide a swap
         torch.nn.init.normal_(parameter)
-    record = InpaintingRecord(
-        image_size=64,
-        vae_stride=stride,
-        prediction_type="epsilon",
-        base=base_name,
-        base_unet_sha256=None,
-        is_average=False,
-        global_step=2,
-    )
+    record = make_record(vae_stride=stride, base=base_name, base_unet_sha256=None, global_step=2)
     write_final_model(folder / "final_model", controlnet=controlnet, record=record, training={})
     return controlnet
 

@@ -1,0 +1,50 @@
+"""Which device and which precision "auto" means, and what this machine refuses."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"32": torch.float32, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+
+
+def best_device_type() -> str:
+    """Return the fastest kind of device that is here: "cuda", "mps" or "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def best_precision(device: torch.device | str) -> str:
+    """Return what "auto" means on a device: a key of DTYPES.
+
+    bf16 has float32's range and needs no loss scale, but only CUDA >= 8.0 computes in it.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return "32"
+    return "bf16-mixed" if torch.cuda.get_device_capability(device) >= (8, 0) else "16-mixed"
+
+
+def choose_device(name: str, *, precision: str) -> tuple[torch.device, torch.dtype]:
+    """Resolve infer.py's --device and --precision; the dtype is that of UNet and ControlNet.
+
+    Raises:
+        ValueError: no such device, or a precision that it hasn't got.
+    """
+    if name == "auto":
+        name = best_device_type()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device must be a device of this machine, got {name} ({reason}). Try auto or cpu."
+        ) from error
+    if precision == "auto":
+        precision = best_precision(device)
+    if precision == "16-mixed" and device.type == "cpu":
+        raise ValueError(
+            "--precision 16-mixed must run on a GPU, got the CPU. Use 32 or bf16-mixed."
+        )
+    return device, DTYPES[precision]

@@ -1,0 +1,227 @@
+"""Everything that a run needs, built from the resolved flags: networks, data, Trainer, folder."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from diffusers import ControlNetModel
+
+from data import SampleRule
+from inpainting.checkpoints import base_hash
+from inpainting.coco import CocoIndex
+from inpainting.interop import describe_mismatch, read_controlnet_weights
+from inpainting.record import InpaintingRecord
+from inpainting.runs import (
+    is_first_process,
+    new_run_dir,
+    read_checkpoint,
+    run_dir_of,
+    write_run_json,
+)
+from lightning_data import InpaintingDataModule, ResumePosition
+from lightning_module import InpaintingControlNet
+from lightning_trainer import build_trainer
+from model import Base, build_controlnet, load_base, load_controlnet_weights, shapes
+
+logger = logging.getLogger("train_lightning")
+
+
+@dataclass
+class Run:
+    """A run that is ready to start.
+
+    Attributes:
+        args: the resolved flags: nothing is left to be chosen.
+        trainer, module, datamodule: Lightning's three.
+        record: how the weights will have to be used.
+        run_dir: the run's folder; a placeholder on all but the first process.
+        checkpoint_path: what to resume from, or None.
+    """
+
+    args: argparse.Namespace
+    trainer: pl.Trainer
+    module: InpaintingControlNet
+    datamodule: InpaintingDataModule
+    record: InpaintingRecord
+    run_dir: Path
+    checkpoint_path: Path | None
+
+
+def assemble(args: argparse.Namespace, *, index: CocoIndex, checkpoint_path: Path | None) -> Run:
+    """Build the three parts of a Lightning run, and the folder that it writes to.
+
+    Raises:
+        FileNotFoundError, ValueError: weights or data don't fit, in one line.
+    """
+    pl.seed_everything(args.seed, verbose=False)
+    base = load_base(
+        args.pretrained_model_name_or_path,
+        base_config=args.base_config,
+        prediction_type=args.prediction_type,
+    )
+    controlnet = build_controlnet(base.unet, stride=base.stride)
+    if args.controlnet_weights:
+        weights = read_controlnet_weights(args.controlnet_weights)
+        load_controlnet_weights(controlnet, weights, source=args.controlnet_weights)
+    if checkpoint_path is not None:
+        _check_checkpoint(checkpoint_path, controlnet=controlnet, ema_decay=args.ema_decay)
+    position = ResumePosition()
+    side = args.image_size // base.stride
+    datamodule = InpaintingDataModule(
+        index,
+        tokenizer=base.tokenizer,
+        rule=SampleRule(
+            image_size=args.image_size,
+            latent_shape=(base.vae.config["latent_channels"], side, side),
+            num_train_timesteps=base.noise_scheduler.config["num_train_timesteps"],
+            mask_types=args.mask_types,
+            mask_area_range=tuple(args.mask_area_range),
+            empty_prompt_prob=args.empty_prompt_prob,
+            seed=args.seed,
+        ),
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        val_split=args.val_split,
+        accumulate_grad_batches=args.accumulate_grad_batches,
+        overfit_batches=args.overfit_batches,
+        position=position,
+    )
+    record = _describe_weights(args, base=base)
+    _count_steps(args, datamodule=datamodule, world_size=least_world_size(args))
+    run_dir, global_step = _open_run_dir(args, record=record, checkpoint_path=checkpoint_path)
+    trainer = build_trainer(
+        args, run_dir=run_dir, datamodule=datamodule, position=position, purge_step=global_step
+    )
+    world_size = trainer.num_devices * trainer.num_nodes
+    steps_per_epoch = _count_steps(args, datamodule=datamodule, world_size=world_size)
+    num_steps = args.num_epochs * steps_per_epoch
+    module = InpaintingControlNet(
+        base=base,
+        controlnet=controlnet,
+        num_training_steps=min(args.max_steps, num_steps) if args.max_steps > 0 else num_steps,
+        learning_rate=args.learning_rate,
+        adam_weight_decay=args.adam_weight_decay,
+        lr_scheduler=args.lr_scheduler,
+        lr_warmup_steps=args.lr_warmup_steps,
+        snr_gamma=args.snr_gamma,
+        ema_decay=args.ema_decay,
+        precision=args.precision,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    logger.info(
+        "%d pictures train, %d validate; %d optimizer steps per epoch; "
+        "base %s at %d px; %s on %d x %s",
+        len(datamodule.train_set), len(datamodule.val_set), steps_per_epoch, base.name,
+        args.image_size, args.precision, world_size, args.accelerator,
+    )  # fmt: skip
+    logger.info("run folder: %s", run_dir)
+    return Run(args, trainer, module, datamodule, record, run_dir, checkpoint_path)
+
+
+def least_world_size(args: argparse.Namespace) -> int:
+    """Return the number of processes, as far as the flags tell: -1 is one at least."""
+    num_devices = len(args.devices) if isinstance(args.devices, list) else max(args.devices, 1)
+    return num_devices * args.num_nodes
+
+
+def _count_steps(
+    args: argparse.Namespace, *, datamodule: InpaintingDataModule, world_size: int
+) -> int:
+    """Return the optimizer steps of an epoch; what is left of an accumulation is a step too.
+
+    Raises:
+        ValueError: an epoch has no step.
+    """
+    num_batches = len(datamodule.train_sampler(rank=0, world_size=world_size))
+    limit = args.limit_train_batches
+    if isinstance(limit, int):
+        num_batches = min(num_batches, limit)
+    elif limit is not None and int(num_batches * limit) == 0:
+        raise ValueError(
+            f"--limit_train_batches must leave at least one of the {num_batches} batches of an "
+            f"epoch, got the share {limit}. Name a number of batches: 1."
+        )
+    elif limit is not None:
+        num_batches = int(num_batches * limit)
+    return math.ceil(num_batches / args.accumulate_grad_batches)
+
+
+def _check_checkpoint(
+    checkpoint_path: Path, *, controlnet: ControlNetModel, ema_decay: float | None
+) -> None:
+    """Refuse a checkpoint of another base, or without the average that is to go on."""
+    checkpoint = read_checkpoint(checkpoint_path)
+    if not checkpoint:  # DeepSpeed's folder: it is read by DeepSpeed alone
+        return
+    weights = {
+        name.removeprefix("controlnet."): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+    }
+    mismatch = describe_mismatch(shapes(controlnet.state_dict()), shapes(weights))
+    if mismatch:
+        raise ValueError(
+            f"{checkpoint_path} must be a checkpoint of a run with this base, got {mismatch}. "
+            "Name the base that it was trained with: --pretrained_model_name_or_path."
+        )
+    if ema_decay and "average" not in checkpoint:
+        raise ValueError(
+            f"--ema_decay needs a checkpoint with an average, got {checkpoint_path} without. "
+            "Resume without --ema_decay, or start anew with --controlnet_weights."
+        )
+
+
+def _describe_weights(args: argparse.Namespace, *, base: Base) -> InpaintingRecord:
+    """Record what somebody must know to use the weights; no local path is in it."""
+    is_hub_id = not Path(args.pretrained_model_name_or_path).exists()
+    return InpaintingRecord(
+        image_size=args.image_size,
+        vae_stride=base.stride,
+        prediction_type=base.prediction_type,
+        base="demo" if args.uses_demo_base else base.name,
+        base_unet_sha256=None if is_hub_id else base_hash(base.unet),
+        is_average=args.ema_decay is not None,
+        global_step=0,
+    )
+
+
+def _open_run_dir(
+    args: argparse.Namespace, *, record: InpaintingRecord, checkpoint_path: Path | None
+) -> tuple[Path, int | None]:
+    """Return the run's folder, and the step from which on its curves are written anew.
+
+    A resumed run goes on in its own folder; a checkpoint that was moved starts a new one.
+    """
+    if not is_first_process():
+        return Path(args.output_dir) / "not_the_first_process", None
+    global_step = None
+    run_dir = None
+    if checkpoint_path is not None:
+        global_step = read_checkpoint(checkpoint_path).get("global_step")
+        run_dir = run_dir_of(checkpoint_path)
+        logger.info("resuming from %s at step %s", checkpoint_path, global_step)
+        if run_dir is None:
+            logger.info("the checkpoint isn't in a run folder: going on in a new one")
+    if run_dir is None:
+        run_dir = new_run_dir(Path(args.output_dir))
+    handler = logging.FileHandler(run_dir / "run.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    write_run_json(run_dir, arguments=_portable_arguments(args), record=asdict(record))
+    return run_dir, None if global_step is None else global_step + 1
+
+
+def _portable_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the resolved flags with local paths made absolute, for whoever finds the folder."""
+    arguments = vars(args).copy()
+    for name in ("image_dir", "ann_file", "caption_file", "controlnet_weights", "base_config",
+                 "pretrained_model_name_or_path", "output_dir"):  # fmt: skip
+        value = arguments[name]
+        if value is not None and Path(value).exists():
+            arguments[name] = str(Path(value).resolve())
+    return arguments

@@ -1,0 +1,247 @@
+"""How state gets to disk: whole or not at all, and last.ckpt at the right moments."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from inpainting.atomic import replace_atomically, write_text_atomically
+from lightning_checkpoints import (
+    AtomicCheckpointIO,
+    LastCheckpoint,
+    NamedCheckpoint,
+    StopAtMaxSteps,
+    StopOnSignal,
+    StoppedBySignal,
+)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- whole or not at all
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path) -> None:
+    path = tmp_path / "new folder" / "a.txt"
+    for text in ("one", "größer"):
+        write_text_atomically(path, text)
+        assert path.read_text(encoding="utf-8") == text
+    assert names_in(path.parent) == ["a.txt"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def write() -> None:
+        with replace_atomically(path) as temporary:
+            temporary.write_text("half of the ne")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert path.read_text() == "old"
+    assert names_in(tmp_path) == ["a.txt"]
+
+
+def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with replace_atomically(path) as temporary:
+        assert temporary.parent == path.parent, "a rename must not cross filesystems"
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    synced: list[tuple[bool, str]] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{descriptor}").is_dir(), path.read_text()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    write_text_atomically(path, "new")
+    assert synced == [(False, "old"), (True, "new")], "first the file, then its folder's entry"
+
+
+def test_a_checkpoint_that_cant_be_written_leaves_the_old_one(tmp_path) -> None:
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"step": torch.tensor(1)}, path)
+    with pytest.raises(Exception, match="pickle"):
+        io.save_checkpoint({"big": torch.zeros(10_000), "step": lambda: 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": torch.tensor(1)}
+    assert names_in(path.parent) == ["last.ckpt"]
+
+
+# ---- when
+
+
+class Line(pl.LightningModule):
+    """The smallest module that trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        return (self.weight - batch.mean()).square().mean()
+
+    def on_train_epoch_end(self) -> None:
+        self.log("train_loss", torch.tensor(1.0 / (1 + self.current_epoch)))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class SavedSteps(AtomicCheckpointIO):
+    """Remembers at which steps each file was written."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, int]] = []
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        super().save_checkpoint(checkpoint, path, storage_options)
+        self.steps.append((Path(path).name, checkpoint["global_step"]))
+
+    def of(self, name: str) -> list[int]:
+        return [step for saved, step in self.steps if saved == name]
+
+
+class SignalAt(pl.Callback):
+    """Sends this process a signal within a step."""
+
+    def __init__(self, step: int, signum: int) -> None:
+        self.step, self.signum = step, signum
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.signum)
+
+
+@pytest.fixture
+def restored_signals():
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+pytestmark = pytest.mark.usefixtures("restored_signals")
+
+
+def fit(
+    folder: Path,
+    *,
+    num_batches: int = 6,
+    num_epochs: int = 2,
+    every_n_steps: int = 4,
+    accumulate: int = 1,
+    max_steps: int = -1,
+    extra: tuple[pl.Callback, ...] = (),
+    named: NamedCheckpoint | None = None,
+) -> SavedSteps:
+    io, stop = SavedSteps(), StopOnSignal()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=num_epochs,
+        max_steps=max_steps,
+        accumulate_grad_batches=accumulate,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        plugins=[io],
+        callbacks=[
+            *extra,
+            stop,
+            StopAtMaxSteps(),
+            *([named] if named else []),
+            LastCheckpoint(folder / "checkpoints", every_n_steps=every_n_steps, stop=stop),
+        ],
+    )
+    fit.io = io  # type: ignore[attr-defined]
+    trainer.fit(Line(), torch.utils.data.DataLoader(torch.arange(float(num_batches))))
+    return io
+
+
+def test_last_is_saved_at_the_start_every_n_steps_and_at_each_epochs_end(tmp_path) -> None:
+    assert fit(tmp_path).of("last.ckpt") == [0, 4, 6, 8, 12]
+
+
+def test_last_is_saved_at_whole_optimizer_steps_only(tmp_path) -> None:
+    io = fit(tmp_path, accumulate=2, num_batches=8, every_n_steps=1, num_epochs=1)
+    assert io.of("last.ckpt") == [0, 1, 2, 3, 4]
+
+
+def test_last_is_saved_where_max_steps_cuts_an_epoch(tmp_path) -> None:
+    io = fit(tmp_path, max_steps=3, every_n_steps=100)
+    assert io.of("last.ckpt")[:2] == [0, 3]
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (checkpoint["global_step"], checkpoint["epoch"]) == (3, 0)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_stops(tmp_path, signum) -> None:
+    with pytest.raises(StoppedBySignal) as stopped:
+        fit(tmp_path, every_n_steps=100, extra=(SignalAt(2, signum),))
+    assert stopped.value.signum == signum
+    assert fit.io.of("last.ckpt") == [0, 3]  # type: ignore[attr-defined]
+
+
+def test_a_signal_in_an_epochs_last_step_saves_the_whole_epoch(tmp_path) -> None:
+    with pytest.raises(StoppedBySignal):
+        fit(tmp_path, every_n_steps=100, extra=(SignalAt(5, signal.SIGTERM),))
+    assert fit.io.of("last.ckpt") == [0, 6]  # type: ignore[attr-defined]
+
+
+def test_a_crash_leaves_the_last_saved_step(tmp_path) -> None:
+    class Crash(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if trainer.global_step == 5:
+                raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(tmp_path, every_n_steps=2, extra=(Crash(),))
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "interval", "epochs"), [(7, 3, [0, 2, 5, 6]), (4, 1, [0, 1, 2, 3]), (1, 5, [0])]
+)
+def test_named_checkpoints_come_every_n_epochs_and_at_the_first_and_last(
+    tmp_path, num_epochs, interval, epochs
+) -> None:
+    named = NamedCheckpoint(
+        tmp_path / "checkpoints", every_n_epochs=interval, save_top_k=-1, monitor="train_loss"
+    )
+    fit(tmp_path, num_epochs=num_epochs, num_batches=2, named=named)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").glob("controlnet-*.ckpt"))
+    assert names == [
+        f"controlnet-epoch={epoch:02d}-train_loss={1 / (1 + epoch):.4f}.ckpt" for epoch in epochs
+    ]
+
+
+def test_the_best_named_checkpoints_are_kept(tmp_path) -> None:
+    named = NamedCheckpoint(
+        tmp_path / "checkpoints", every_n_epochs=1, save_top_k=2, monitor="train_loss"
+    )
+    fit(tmp_path, num_epochs=5, num_batches=2, named=named)
+    names = sorted(p.name[:19] for p in (tmp_path / "checkpoints").glob("controlnet-*.ckpt"))
+    assert names == ["controlnet-epoch=03", "controlnet-epoch=04"]
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()

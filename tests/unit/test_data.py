@@ -1,0 +1,289 @@
+"""One COCO record -> one Sample: its contract, and what its bits depend on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import CocoInpaintingDataset, Sample
+from inpainting.coco import CocoIndex
+from inpainting.masks import dilate
+from inpainting.randomness import generator
+from tests import tiny
+
+RED = (255, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def index() -> CocoIndex:
+    return tiny.coco_index()
+
+
+@pytest.fixture(scope="module")
+def train_set(index) -> CocoInpaintingDataset:
+    return tiny.dataset(index, tiny.rule(), is_training=True)
+
+
+@pytest.fixture(scope="module")
+def val_set(index) -> CocoInpaintingDataset:
+    return tiny.dataset(index, tiny.rule(), is_training=False)
+
+
+def differences(one: Sample, other: Sample) -> set[str]:
+    assert one.keys() == other.keys()
+    return {
+        name
+        for name, value in one.items()
+        if not (torch.equal(value, other[name]) if torch.is_tensor(value) else value == other[name])
+    }
+
+
+def write_coco(folder: Path, pictures: list[np.ndarray], boxes: list[list[int]]) -> CocoIndex:
+    """Write pictures with ids 1, 2, ... that each show one rectangular object."""
+    (folder / "images").mkdir()
+    images, annotations = [], []
+    for i, (picture, (x, y, w, h)) in enumerate(zip(pictures, boxes, strict=True), start=1):
+        Image.fromarray(picture).save(folder / "images" / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "height": picture.shape[0],
+                       "width": picture.shape[1]})  # fmt: skip
+        annotations.append({
+            "id": i, "image_id": i, "category_id": 1, "iscrowd": 0, "area": w * h,
+            "bbox": [x, y, w, h],
+            "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+        })  # fmt: skip
+    records = {"images": images, "annotations": annotations,
+               "categories": [{"id": 1, "name": "box"}]}  # fmt: skip
+    (folder / "instances.json").write_text(json.dumps(records))
+    return CocoIndex.from_annotations(
+        folder / "images", ann_file=folder / "instances.json", cache_dir=folder / "cache"
+    )
+
+
+# ---- the contract
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_every_sample_fulfils_the_contract(index, is_training: bool) -> None:
+    dataset = tiny.dataset(index, tiny.rule(), is_training=is_training)
+    shapes = {
+        "image": ((3, 64, 64), torch.uint8),
+        "mask": ((1, 64, 64), torch.uint8),
+        "input_ids": ((77,), torch.int64),
+        "timestep": ((), torch.int64),
+        "noise": ((4, 8, 8), torch.float32),
+        "posterior_noise": ((4, 8, 8), torch.float32),
+        "image_id": ((), torch.int64),
+    }
+    assert len(dataset) == len(index) == tiny.NUM_SCENES
+    for position in range(len(dataset)):
+        sample = dataset[3, position]
+        assert isinstance(sample["prompt"], str)
+        got = {n: (tuple(t.shape), t.dtype) for n, t in sample.items() if torch.is_tensor(t)}
+        assert got == shapes
+        assert set(sample["mask"].unique().tolist()) == {0, 1}
+        assert 0.1 <= sample["mask"].float().mean() <= 0.3
+        assert sample["image_id"] == index.image_ids[position]
+        assert sample["image"].is_contiguous()
+        assert 0 <= sample["timestep"] < 1000
+        assert sample["image"].float().std() > 1, "an empty picture"
+
+
+def test_samples_stack_to_batches(train_set) -> None:
+    batch = torch.utils.data.default_collate([train_set[0, i] for i in range(3)])
+    assert batch["image"].shape == (3, 3, 64, 64)
+    assert batch["timestep"].shape == (3,)
+    assert len(batch["prompt"]) == 3
+
+
+def test_noise_is_standard_normal_and_timesteps_are_uniform(index) -> None:
+    rule = replace(tiny.rule(), num_train_timesteps=4)
+    dataset = tiny.dataset(index, rule, is_training=True)
+    samples = [dataset[epoch, i] for epoch in range(20) for i in range(len(dataset))]
+    for name in ("noise", "posterior_noise"):
+        values = torch.stack([sample[name] for sample in samples])
+        # 61,440 numbers: mean and deviation are known to about 0.4 %
+        assert abs(values.mean()) < 0.02
+        assert abs(values.std() - 1) < 0.02
+    counts = np.bincount([int(sample["timestep"]) for sample in samples], minlength=4)
+    assert counts.min() > 35, f"240 timesteps fall as {counts}"
+    both = torch.stack([torch.stack([s["noise"], s["posterior_noise"]]) for s in samples])
+    correlation = (both[:, 0] * both[:, 1]).mean()
+    assert abs(correlation) < 0.02, f"noise and posterior_noise correlate: {correlation:.3f}"
+
+
+# ---- what the bits depend on
+
+
+def test_a_sample_depends_on_seed_epoch_and_picture_alone(index) -> None:
+    straight = tiny.dataset(index, tiny.rule(), is_training=True)
+    expected = {int(s["image_id"]): s for s in (straight[2, i] for i in range(len(index)))}
+    rows = list(range(len(index)))
+    random.Random(0).shuffle(rows)
+    rows = rows[: len(rows) // 2]
+    other = tiny.dataset(index, tiny.rule(), rows=rows, is_training=True)
+    np.random.seed(1)  # noqa: NPY002 - global state must play no part
+    torch.manual_seed(1)
+    for position in reversed(range(len(rows))):
+        for epoch in (7, 2):  # another epoch in between leaves no trace
+            sample = other[epoch, position]
+        assert not differences(sample, expected[int(sample["image_id"])])
+
+
+def test_a_sample_stays_as_it_was_when_other_pictures_come_or_go(tmp_path) -> None:
+    pictures = [np.full((64, 64, 3), 40 * i, np.uint8) for i in range(1, 5)]
+    many = write_coco(tmp_path, pictures, [[8, 8, 30, 30]] * 4)
+    expected = tiny.dataset(many, tiny.rule(), is_training=True)[1, 2]
+    (tmp_path / "images" / "1.png").unlink()
+    few = CocoIndex.from_annotations(
+        tmp_path / "images", ann_file=tmp_path / "instances.json", cache_dir=tmp_path / "other"
+    )
+    sample = tiny.dataset(few, tiny.rule(), is_training=True)[1, 1]
+    assert sample["image_id"] == 3
+    assert not differences(sample, expected)
+
+
+def test_another_epoch_and_another_seed_draw_everything_anew(index, train_set) -> None:
+    reseeded = tiny.dataset(index, tiny.rule(seed=43), is_training=True)
+    for position in range(len(index)):
+        sample = train_set[0, position]
+        fresh = {"mask", "noise", "posterior_noise"}
+        assert fresh <= differences(sample, train_set[1, position])
+        assert fresh <= differences(sample, reseeded[0, position])
+
+
+def test_pictures_of_one_epoch_get_different_noise_and_holes(train_set) -> None:
+    samples = [train_set[0, i] for i in range(len(train_set))]
+    for name in ("noise", "posterior_noise", "mask"):
+        distinct = {sample[name].numpy().tobytes() for sample in samples}
+        assert len(distinct) == len(samples), name
+
+
+def test_each_purpose_has_its_own_stream() -> None:
+    streams = [
+        generator(seed, purpose, epoch, image_id).integers(2**62)
+        for seed in (0, 1)
+        for purpose in ("crop", "mask")
+        for epoch in (0, 1)
+        for image_id in (0, 1, 2**40)
+    ]
+    assert len(set(streams)) == len(streams)
+    assert generator(0, "crop", 1, 2).integers(2**62) == generator(0, "crop", 1, 2).integers(2**62)
+
+
+def test_validation_is_the_same_at_every_epoch_of_every_run(index, val_set) -> None:
+    other_run = tiny.dataset(index, tiny.rule(seed=1), is_training=False)
+    for position in range(len(index)):
+        sample = val_set[0, position]
+        assert not differences(sample, val_set[5, position])
+        assert not differences(sample, other_run[0, position])
+
+
+def test_validation_keeps_its_prompts_and_training_drops_half(index, train_set, val_set) -> None:
+    assert all(val_set[0, i]["prompt"] for i in range(len(index)))
+    dropped = [not train_set[epoch, i]["prompt"] for epoch in range(20) for i in range(len(index))]
+    assert 85 < sum(dropped) < 155, f"{sum(dropped)} of {len(dropped)} prompts dropped"
+    never = tiny.dataset(index, replace(tiny.rule(), empty_prompt_prob=0.0), is_training=True)
+    assert all(never[0, i]["prompt"] for i in range(len(index)))
+
+
+def test_validation_is_cut_from_the_centre_and_not_flipped(tmp_path) -> None:
+    columns = np.arange(128, dtype=np.uint8)
+    picture = np.broadcast_to(columns[None, :, None], (64, 128, 3)).copy()
+    index = write_coco(tmp_path, [picture], [[50, 10, 20, 40]])
+    image = tiny.dataset(index, tiny.rule(), is_training=False)[0, 0]["image"]
+    assert torch.equal(image[0, 0], torch.arange(32, 96, dtype=torch.uint8))
+
+
+# ---- geometry
+
+
+def test_flip_and_crop_move_image_and_mask_together(tmp_path) -> None:
+    picture = np.zeros((64, 96, 3), np.uint8)
+    picture[..., 1] = np.arange(96)
+    x, y, w, h = 36, 4, 10, 50  # inside every square that can be cut, off its middle
+    picture[y : y + h, x : x + w] = RED
+    index = write_coco(tmp_path, [picture], [[x, y, w, h]])
+    rule = replace(tiny.rule(), mask_types={"object": 1.0}, mask_area_range=(0.05, 0.5))
+    dataset = tiny.dataset(index, rule, is_training=True)
+    lefts, flips = set(), []
+    for epoch in range(24):
+        sample = dataset[epoch, 0]
+        image, mask = sample["image"].numpy(), sample["mask"][0].numpy()
+        is_red = (image[0] > 250) & (image[1] < 5)
+        assert is_red.sum() == w * h
+        assert mask[is_red].all(), f"epoch {epoch}: part of the object lies outside its hole"
+        # The object is grown by 0.25 to 1.25 pixels at this size.
+        rim = mask.astype(bool) & ~dilate(is_red.astype(np.uint8), radius=2).astype(bool)
+        assert not rim.any(), f"epoch {epoch}: {rim.sum()} pixels of the hole lie elsewhere"
+        ramp = image[1, 63].astype(int)
+        flips.append(bool(ramp[0] > ramp[-1]))
+        lefts.add(int(min(ramp[0], ramp[-1])))
+    assert 4 <= sum(flips) <= 20, flips
+    assert len(lefts) > 10, lefts
+
+
+def test_the_picture_keeps_its_aspect(tmp_path) -> None:
+    yy, xx = np.mgrid[:200, :300]
+    disc = (xx - 150) ** 2 + (yy - 100) ** 2 < 60**2
+    picture = np.where(disc[..., None], 255, 0).astype(np.uint8).repeat(3, axis=2)
+    index = write_coco(tmp_path, [picture], [[100, 60, 90, 90]])
+    image = tiny.dataset(index, tiny.rule(), is_training=False)[0, 0]["image"][0] > 127
+    height, width = image.any(dim=1).sum(), image.any(dim=0).sum()
+    assert abs(int(height) - int(width)) <= 1
+    assert abs(int(height) - 120 * 64 / 200) <= 1
+
+
+# ---- pictures that can't be read
+
+
+@pytest.fixture
+def broken_index(tmp_path) -> CocoIndex:
+    pictures = [np.full((64, 64, 3), 40 * i, np.uint8) for i in range(1, 5)]
+    index = write_coco(tmp_path, pictures, [[8, 8, 30, 30]] * 4)
+    path = tmp_path / "images" / "2.png"
+    path.write_bytes(path.read_bytes()[:60])
+    return index
+
+
+def test_an_unreadable_picture_is_replaced_by_the_next_and_named_once(broken_index, caplog) -> None:
+    dataset = tiny.dataset(broken_index, tiny.rule(), is_training=True)
+    with caplog.at_level(logging.WARNING):
+        ids = [int(dataset[epoch, i]["image_id"]) for epoch in range(3) for i in range(4)]
+    assert ids == [1, 3, 3, 4] * 3
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1, lines
+    assert "2.png" in lines[0]
+
+
+def test_the_replacement_has_its_own_samples_bits(broken_index) -> None:
+    dataset = tiny.dataset(broken_index, tiny.rule(), is_training=True)
+    assert not differences(dataset[5, 1], dataset[5, 2])
+
+
+def test_the_last_picture_is_replaced_by_the_first(tmp_path, broken_index) -> None:
+    (tmp_path / "images" / "4.png").unlink()
+    dataset = tiny.dataset(broken_index, tiny.rule(), is_training=True)
+    assert dataset[0, 3]["image_id"] == 1
+
+
+def test_a_picture_of_another_size_than_its_record_is_left_out(tmp_path, broken_index, caplog):
+    Image.new("RGB", (65, 64)).save(tmp_path / "images" / "1.png")
+    dataset = tiny.dataset(broken_index, tiny.rule(), is_training=True)
+    assert dataset[0, 0]["image_id"] == 3
+    assert "must be 64 x 64 px as its record says, got 65 x 64" in caplog.text
+
+
+def test_a_split_without_one_readable_picture_is_refused(tmp_path, broken_index) -> None:
+    for path in (tmp_path / "images").iterdir():
+        path.write_bytes(b"")
+    dataset = tiny.dataset(broken_index, tiny.rule(), is_training=True)
+    with pytest.raises(ValueError, match="at least one picture must be readable, got none"):
+        dataset[0, 0]

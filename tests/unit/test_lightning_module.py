@@ -1,0 +1,302 @@
+"""The LightningModule: what it registers, its loss, its average and its validation."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from model import Base
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return tiny.base()
+
+
+def trainer(folder: Path, *, max_steps: int = 1) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+
+
+def loader(batches: list) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(batches, batch_size=None)
+
+
+# ---- what is registered
+
+
+def test_nothing_but_the_controlnet_is_registered(base) -> None:
+    module = tiny.module(base, tiny.controlnet(base), ema_decay=0.9)
+    names = {name for name, _ in module.controlnet.named_parameters()}
+    assert {n for n, _ in module.named_parameters()} == {f"controlnet.{n}" for n in names}
+    assert {n.split(".")[0] for n in module.state_dict()} == {"controlnet"}
+    assert [name for name, _ in module.named_children()] == ["controlnet"]
+
+
+def test_a_checkpoint_holds_the_controlnet_and_its_average_alone(base, tmp_path) -> None:
+    module = tiny.module(base, tiny.controlnet(base), ema_decay=0.9)
+    fit = trainer(tmp_path)
+    fit.fit(module, loader([tiny.batch(base)]))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    num = len(tiny.controlnet(base).state_dict())
+    assert len(checkpoint["state_dict"]) == len(checkpoint["average"]) == num
+    size = (tmp_path / "a.ckpt").stat().st_size
+    weights = sum(t.numel() * 4 for t in checkpoint["average"].values())
+    assert size < 4.2 * weights + 200_000, "more than weights, average and Adam's two moments"
+
+
+def test_a_step_moves_the_controlnet_and_nothing_of_the_base(base, tmp_path) -> None:
+    parts = (base.vae, base.unet, base.text_encoder)
+    before = [copy.deepcopy(part.state_dict()) for part in parts]
+    module = tiny.module(base, tiny.controlnet(base))
+    start = copy.deepcopy(module.controlnet.state_dict())
+    trainer(tmp_path).fit(module, loader([tiny.batch(base)]))
+    moved = [n for n, t in module.controlnet.state_dict().items() if not torch.equal(t, start[n])]
+    assert "controlnet_mid_block.weight" in moved
+    for part, state in zip(parts, before, strict=True):
+        assert all(torch.equal(t, state[n]) for n, t in part.state_dict().items())
+
+
+# ---- the loss
+
+
+def test_min_snr_scales_each_samples_own_loss(base) -> None:
+    batch = tiny.batch(base, batch_size=4)
+    batch["timestep"] = torch.tensor([0, 100, 500, 999])
+    network = tiny.controlnet(base)
+    with torch.no_grad():
+        plain = tiny.module(base, network).loss(batch, network)
+        weighted = tiny.module(base, network, snr_gamma=5.0).loss(batch, network)
+    alpha = base.noise_scheduler.alphas_cumprod[batch["timestep"]]
+    snr = alpha / (1 - alpha)
+    torch.testing.assert_close(weighted, plain * torch.clamp(5 / snr, max=1))
+    assert plain.shape == (4,)
+    assert weighted[0] < plain[0] / 100  # a nearly noiseless timestep: snr 1176
+    assert weighted[3] == plain[3]
+
+
+def test_the_loss_of_a_sample_is_its_own_whatever_stands_beside_it(base) -> None:
+    batch = tiny.batch(base, batch_size=3)
+    network = tiny.controlnet(base, zero_convolutions_at=0.1)
+    module = tiny.module(base, network)
+    with torch.no_grad():
+        together = module.loss(batch, network)
+        alone = module.loss({n: v[2:] for n, v in batch.items()}, network)  # type: ignore[arg-type]
+    torch.testing.assert_close(together[2:], alone, rtol=1e-5, atol=0)
+
+
+def test_the_mean_loss_is_over_all_steps_since_the_last_point(base) -> None:
+    module = tiny.module(base, tiny.controlnet(base))
+    module._gather = lambda tensor: tensor  # type: ignore[method-assign]
+
+    def step(seed: int) -> float:
+        return module.training_step(tiny.batch(base, seed=seed), 0).item()
+
+    losses = [step(seed) for seed in range(3)]
+    assert float(module.mean_loss(epoch=False)) == pytest.approx(sum(losses) / 3)
+    losses.append(step(3))
+    assert float(module.mean_loss(epoch=False)) == pytest.approx(losses[3])
+    assert float(module.mean_loss(epoch=True)) == pytest.approx(sum(losses) / 4)
+    module.on_train_epoch_start()
+    losses.append(step(4))
+    assert float(module.mean_loss(epoch=True)) == pytest.approx(losses[4])
+
+
+def test_the_mean_loss_weighs_the_ranks_by_their_steps(base) -> None:
+    module = tiny.module(base, tiny.controlnet(base))
+    module.loss_sums = torch.tensor([3.0, 3.0, 3.0, 3.0], dtype=torch.float64)
+    other = torch.tensor([9.0, 1.0], dtype=torch.float64)
+    module._gather = lambda tensor: torch.stack([tensor, other])  # type: ignore[method-assign]
+    assert float(module.mean_loss(epoch=True)) == 3.0
+
+
+# ---- the average
+
+
+def test_the_average_follows_its_formula(base) -> None:
+    module = tiny.module(base, tiny.controlnet(base), ema_decay=0.5)
+    expected = [p.detach().clone() for p in module.average.parameters()]
+    for step in range(1, 12):
+        with torch.no_grad():
+            for parameter in module.controlnet.parameters():
+                parameter.add_(0.1 * step)
+        module.update_average(num_steps=step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        for average, parameter in zip(expected, module.controlnet.parameters(), strict=True):
+            average.mul_(decay).add_(parameter.detach(), alpha=1 - decay)
+        for got, average in zip(module.average.parameters(), expected, strict=True):
+            torch.testing.assert_close(got, average, rtol=1e-5, atol=1e-6)
+
+
+def test_the_average_starts_as_a_frozen_copy(base) -> None:
+    module = tiny.module(base, tiny.controlnet(base), ema_decay=0.9)
+    assert module.average is module.best_controlnet is not module.controlnet
+    for got, parameter in zip(
+        module.average.parameters(), module.controlnet.parameters(), strict=True
+    ):
+        assert torch.equal(got, parameter)
+        assert got.data_ptr() != parameter.data_ptr()
+        assert not got.requires_grad
+    assert not module.average.training
+
+
+def test_without_ema_decay_the_controlnet_itself_is_the_best(base) -> None:
+    module = tiny.module(base, tiny.controlnet(base))
+    assert module.average is None
+    assert module.best_controlnet is module.controlnet
+
+
+def test_an_average_that_the_checkpoint_lacks_is_refused(base, tmp_path) -> None:
+    plain = tiny.module(base, tiny.controlnet(base))
+    fit = trainer(tmp_path)
+    fit.fit(plain, loader([tiny.batch(base)]))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    averaged = tiny.module(base, tiny.controlnet(base), ema_decay=0.9)
+    with pytest.raises(ValueError, match="--ema_decay needs a checkpoint with an average, got one"):
+        trainer(tmp_path, max_steps=2).fit(
+            averaged, loader([tiny.batch(base)] * 2), ckpt_path=tmp_path / "a.ckpt"
+        )
+
+
+def test_the_average_comes_back_from_a_checkpoint(base, tmp_path) -> None:
+    module = tiny.module(base, tiny.controlnet(base), ema_decay=0.9)
+    fit = trainer(tmp_path)
+    fit.fit(module, loader([tiny.batch(base)]))
+    module.update_average(num_steps=1)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    other = tiny.module(base, tiny.controlnet(base), ema_decay=0.9)
+    again = trainer(tmp_path, max_steps=1)
+    again.fit(other, loader([tiny.batch(base)]), ckpt_path=tmp_path / "a.ckpt")
+    expected = module.average.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in other.average.state_dict().items())
+    assert any(
+        not torch.equal(t, expected[n]) for n, t in module.controlnet.state_dict().items()
+    ), "the average never moved away: the test would prove nothing"
+
+
+# ---- validation
+
+
+def test_val_loss_counts_each_picture_once(base, tmp_path) -> None:
+    module = tiny.module(base, tiny.controlnet(base))
+    batches = [tiny.batch(base, seed=seed) for seed in range(2)]
+    batches[1]["image_id"] = torch.tensor([2, 3])
+    with torch.no_grad():
+        losses = torch.cat([module.loss(batch, module.controlnet) for batch in batches])
+    repeated = [*batches, batches[0], batches[0]]  # as the last rounds wrap around
+    fit = trainer(tmp_path)
+    fit.validate(module, loader(repeated), verbose=False)
+    got = float(fit.callback_metrics["val/loss"])
+    assert got == pytest.approx(float(losses.mean()), rel=1e-6)
+    assert got != pytest.approx(float(torch.cat([losses, losses[:2], losses[:2]]).mean()), rel=1e-4)
+
+
+def test_val_loss_is_that_of_all_ranks_pictures(base, monkeypatch) -> None:
+    module = tiny.module(base, tiny.controlnet(base))
+    logged = {}
+    other = {torch.int64: torch.tensor([1, 0]), torch.float32: torch.tensor([5.0, 2.0])}
+    monkeypatch.setattr(module, "_gather", lambda t: torch.stack([t, other[t.dtype]]))
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
+    module._validation_losses = [(torch.tensor([0, 2]), torch.tensor([2.0, 8.0]))]
+    module.on_validation_epoch_end()
+    assert float(logged["val/loss"]) == 5.0  # pictures 0, 1, 2: 2, 5, 8
+    assert module._validation_losses == []
+
+
+def test_validation_looks_at_the_average(base) -> None:
+    network = tiny.controlnet(base, zero_convolutions_at=0.1)
+    module = tiny.module(base, network, ema_decay=0.9)
+    with torch.no_grad():
+        for parameter in module.controlnet.parameters():
+            parameter.add_(1)
+        module.validation_step(tiny.batch(base), 0)
+        expected = module.loss(tiny.batch(base), network)
+    assert torch.equal(module._validation_losses[0][1], expected)
+
+
+# ---- the optimizer
+
+
+def test_the_optimizer_is_adamw_over_the_controlnet_alone(base, tmp_path) -> None:
+    module = tiny.module(base, tiny.controlnet(base), learning_rate=3e-4)
+    fit = trainer(tmp_path)
+    fit.fit(module, loader([tiny.batch(base)]))
+    (optimizer,) = fit.optimizers
+    assert isinstance(optimizer, torch.optim.AdamW)
+    (group,) = optimizer.param_groups
+    assert {id(p) for p in group["params"]} == {id(p) for p in module.controlnet.parameters()}
+    assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (
+        3e-4, (0.9, 0.999), 1e-2, 1e-8,
+    )  # fmt: skip
+
+
+def test_the_learning_rate_warms_up_in_optimizer_steps(base, tmp_path) -> None:
+    module = tiny.module(base, tiny.controlnet(base), learning_rate=1e-3)
+    module.lr_scheduler, module.lr_warmup_steps = "constant_with_warmup", 4
+    rates: list[float] = []
+
+    class Rates(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    pl.Trainer(
+        accelerator="cpu", max_steps=6, accumulate_grad_batches=2, callbacks=[Rates()],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    ).fit(module, loader([tiny.batch(base)] * 12))  # fmt: skip
+    assert rates == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize("limit", [0.05, None])
+def test_gradients_are_clipped_by_their_global_norm_which_is_kept(base, tmp_path, limit) -> None:
+    module = tiny.module(base, tiny.controlnet(base, zero_convolutions_at=0.1))
+    norms: list[float] = []
+
+    class Norms(pl.Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
+            self.on_train_end(trainer, pl_module)
+
+        def on_train_end(self, trainer, pl_module) -> None:
+            gradients = [p.grad for p in pl_module.controlnet.parameters() if p.grad is not None]
+            if gradients:
+                norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    fit = pl.Trainer(
+        accelerator="cpu", max_steps=1, gradient_clip_val=limit, callbacks=[Norms()], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    fit.fit(module, loader([tiny.batch(base)]))
+    kept = float(module.grad_norm)
+    assert kept > 0.05, "nothing to clip: the test would prove nothing"
+    assert norms[-1] == pytest.approx(limit if limit else kept, rel=1e-3)
+
+
+def test_gradient_checkpointing_reaches_the_frozen_decoder_and_changes_no_gradient(base) -> None:
+    network = tiny.controlnet(base, zero_convolutions_at=0.1)
+    gradients, num_runs = [], []
+    for is_checkpointing in (False, True):
+        own_base = tiny.base()
+        module = tiny.module(own_base, network, gradient_checkpointing=is_checkpointing)
+        runs: list[str] = []
+        for part in (own_base.unet.up_blocks[0], module.controlnet.down_blocks[0]):
+            part.resnets[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append("ran"))
+        module.loss(tiny.batch(own_base), module.controlnet).mean().backward()
+        num_runs.append(len(runs))
+        gradients.append({n: p.grad for n, p in module.controlnet.named_parameters()})
+    assert num_runs == [2, 4], "each block must be run again in backward"
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-8)

@@ -1,0 +1,381 @@
+"""The frozen base is loaded strictly, and the ControlNet steers it without changing it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from inpainting.base import read_base_config
+from inpainting.diffusion import make_conditioning
+from model import (
+    Base,
+    build_controlnet,
+    check_prediction_type,
+    estimate_sizes,
+    load_base,
+    load_controlnet_weights,
+    predict_noise,
+)
+from tests import original_file, tiny
+
+SD15_CONFIGS = Path(__file__).parents[3] / "shared" / "weights" / "sd15_configs"
+SD21_CONFIGS = SD15_CONFIGS.with_name("sd21base_configs")
+NETWORKS = ("vae", "unet", "text_encoder")
+WEIGHT_FILES = {
+    "vae": "diffusion_pytorch_model.safetensors",
+    "unet": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return tiny.base()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return Path(shutil.copytree(tiny.base_folder(), tmp_path / "my-base"))
+
+
+def run(base: Base, controlnet, batch, *, with_controlnet: bool = True) -> torch.Tensor:
+    hidden = base.encode_prompt(batch["input_ids"])
+    if not with_controlnet:
+        return base.unet(batch["noise"], batch["timestep"], hidden, return_dict=False)[0]
+    return predict_noise(
+        controlnet,
+        base.unet,
+        noisy_latents=batch["noise"],
+        timesteps=batch["timestep"],
+        encoder_hidden_states=hidden,
+        conditioning=make_conditioning(batch["image"], batch["mask"]),
+    )
+
+
+def assert_same_networks(got: Base, expected: Base) -> None:
+    for name in NETWORKS:
+        tensors = getattr(expected, name).state_dict()
+        loaded = getattr(got, name).state_dict()
+        assert loaded.keys() == tensors.keys(), name
+        different = [key for key in tensors if not torch.equal(loaded[key], tensors[key])]
+        assert not different, f"{name}: {len(different)} tensors differ: {different[:3]}"
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    assert "\n" not in str(error.value), str(error.value)
+    return str(error.value)
+
+
+# ---- the ControlNet
+
+
+def test_a_new_controlnet_leaves_the_frozen_unet_bit_for_bit_as_it_is(base) -> None:
+    batch = tiny.batch(base)
+    with torch.no_grad():
+        steered = run(base, tiny.controlnet(base), batch)
+        assert torch.equal(steered, run(base, None, batch, with_controlnet=False))
+
+
+def test_a_trained_controlnet_reads_the_conditioning(base) -> None:
+    controlnet = tiny.controlnet(base, zero_convolutions_at=0.1)
+    hint = controlnet.controlnet_cond_embedding.conv_out
+    torch.nn.init.normal_(hint.weight, std=0.1)
+    batch = tiny.batch(base)
+    with torch.no_grad():
+        before = run(base, controlnet, batch)
+        batch["mask"] = torch.roll(batch["mask"], 16, dims=-1)
+        assert not torch.equal(before, run(base, controlnet, batch))
+
+
+def test_the_new_controlnet_is_the_unets_encoder(base) -> None:
+    controlnet = tiny.controlnet(base).state_dict()
+    encoder = {
+        name: tensor
+        for name, tensor in base.unet.state_dict().items()
+        if name.startswith(("conv_in", "time_embedding", "down_blocks", "mid_block"))
+    }
+    assert all(torch.equal(controlnet[name], tensor) for name, tensor in encoder.items())
+    added = controlnet.keys() - encoder.keys()
+    assert {name.split(".")[0] for name in added} == {
+        "controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block",
+    }  # fmt: skip
+
+
+def test_only_the_controlnet_gets_gradients(base) -> None:
+    controlnet = tiny.controlnet(base, zero_convolutions_at=0.1)
+    # The hint's last convolution starts at zero too: nothing before it would learn at once.
+    torch.nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.1)
+    run(base, controlnet, tiny.batch(base)).square().mean().backward()
+    without = [n for n, p in controlnet.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without
+    for name in NETWORKS:
+        network = getattr(base, name)
+        assert not network.training
+        assert all(not p.requires_grad and p.grad is None for p in network.parameters()), name
+
+
+@pytest.mark.parametrize(
+    ("stride", "channels"),
+    [(4, (16, 32, 96)), (8, (16, 32, 96, 256)), (16, (16, 32, 96, 256, 256))],
+)
+def test_the_hint_encoder_shrinks_the_conditioning_by_the_vaes_stride(stride, channels) -> None:
+    base = tiny.base(stride=stride)
+    controlnet = build_controlnet(base.unet, stride=stride)
+    assert tuple(controlnet.config["conditioning_embedding_out_channels"]) == channels
+    hint = controlnet.controlnet_cond_embedding(torch.zeros(1, 3, 64, 64))
+    side = 64 // stride
+    assert hint.shape == (1, base.unet.config["block_out_channels"][0], side, side)
+    with torch.no_grad():
+        assert run(base, controlnet, tiny.batch(base)).shape == (2, 4, side, side)
+
+
+def test_a_controlnet_of_a_half_precision_base_is_trained_in_fp32() -> None:
+    base = load_base(str(tiny.base_folder()), dtype=torch.bfloat16)
+    assert {base.unet.dtype, base.text_encoder.dtype} == {torch.bfloat16}
+    assert base.vae.dtype == torch.float32
+    controlnet = build_controlnet(base.unet, stride=8)
+    assert {p.dtype for p in controlnet.parameters()} == {torch.float32}
+    assert controlnet.training
+
+
+def test_controlnet_weights_come_back_as_they_were_saved(base) -> None:
+    saved = tiny.controlnet(base, zero_convolutions_at=0.1).state_dict()
+    controlnet = build_controlnet(base.unet, stride=8)
+    load_controlnet_weights(controlnet, saved, source="a.pth")
+    assert all(torch.equal(t, saved[name]) for name, t in controlnet.state_dict().items())
+
+
+def test_controlnet_weights_that_dont_fit_are_refused_by_name(base) -> None:
+    controlnet = tiny.controlnet(base)
+    before = {name: tensor.clone() for name, tensor in controlnet.state_dict().items()}
+    weights = {name: tensor + 1 for name, tensor in before.items()}
+    del weights["conv_in.bias"]
+    weights["extra"] = torch.zeros(1)
+    weights["conv_in.weight"] = torch.zeros(16, 9, 3, 3)
+    with pytest.raises(ValueError, match=r"old\.pth must hold a ControlNet for this base") as error:
+        load_controlnet_weights(controlnet, weights, source="old.pth")
+    line = one_line(error)
+    assert "1 missing: conv_in.bias" in line
+    assert "1 unexpected: extra" in line
+    assert "conv_in.weight (16, 9, 3, 3) instead of (16, 4, 3, 3)" in line
+    assert all(torch.equal(t, before[n]) for n, t in controlnet.state_dict().items())
+
+
+# ---- the base
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_auto_takes_the_schedulers_prediction_type(prediction_type: str) -> None:
+    folder = tiny.base_folder(prediction_type=prediction_type)
+    assert load_base(str(folder)).prediction_type == prediction_type
+
+
+def test_a_named_prediction_type_overrules_the_scheduler() -> None:
+    base = load_base(str(tiny.base_folder()), prediction_type="v_prediction")
+    assert base.prediction_type == "v_prediction"
+    assert base.config.prediction_type == "epsilon"
+
+
+def test_the_training_schedule_is_stable_diffusions(base) -> None:
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alphas = torch.cumprod(1 - betas, dim=0)
+    torch.testing.assert_close(base.noise_scheduler.alphas_cumprod, alphas, rtol=1e-6, atol=0)
+
+
+def test_latents_are_a_scaled_draw_from_the_posterior(base) -> None:
+    image = torch.rand(2, 3, 64, 64) * 2 - 1
+    noise = torch.randn(2, 4, 8, 8)
+    moments = base.vae.encode(image).latent_dist
+    latents = base.encode_image(image, posterior_noise=noise)
+    torch.testing.assert_close(latents, 0.18215 * (moments.mean + moments.std * noise))
+    assert not latents.requires_grad
+
+
+@pytest.mark.parametrize("part", NETWORKS)
+@pytest.mark.parametrize("fault", ["missing", "reshaped", "extra", "truncated", "absent"])
+def test_a_folder_whose_weights_dont_fit_is_refused_in_one_line(folder, part, fault) -> None:
+    path = folder / part / WEIGHT_FILES[part]
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "reshaped":
+        tensors[name] = torch.zeros(3, 5)
+    elif fault == "extra":
+        name = "something_else"
+        tensors[name] = torch.zeros(3)
+    if fault == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif fault == "absent":
+        path.unlink()
+    else:
+        save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the base my-base must hold the weights that") as error:
+        load_base(str(folder))
+    assert fault in ("truncated", "absent") or name in str(error.value)
+    one_line(error)
+
+
+def test_a_tokenizer_that_doesnt_belong_to_the_text_encoder_is_refused(folder) -> None:
+    vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text())
+    vocabulary |= {f"word{i}</w>": 514 + i for i in range(3)}
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(ValueError, match=r"must know the text encoder's 514 tokens, got 517"):
+        load_base(str(folder))
+
+
+# ---- a single file
+
+
+def write_single(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save({"state_dict": tensors, "global_step": 7}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "is_open_clip", "stride"),
+    [(".safetensors", False, 8), (".ckpt", False, 4), (".safetensors", True, 8)],
+)
+def test_a_single_file_gives_the_folders_networks_bit_for_bit(
+    tmp_path, suffix: str, is_open_clip: bool, stride: int
+) -> None:
+    expected = tiny.base(stride=stride)
+    tensors = original_file.tensors(expected, is_open_clip=is_open_clip)
+    path = write_single(tmp_path / f"sd{suffix}", tensors)
+    got = load_base(path, base_config=str(tiny.base_folder(stride=stride)))
+    assert_same_networks(got, expected)
+    assert got.name == f"sd{suffix}"
+    batch = tiny.batch(expected)
+    with torch.no_grad():
+        assert torch.equal(
+            run(got, None, batch, with_controlnet=False),
+            run(expected, None, batch, with_controlnet=False),
+        )
+        image = torch.rand(1, 3, 64, 64)
+        assert torch.equal(got.vae.encode(image)[0].mean, expected.vae.encode(image)[0].mean)
+
+
+def test_a_half_precision_single_file_is_brought_to_the_wanted_dtypes(base, tmp_path) -> None:
+    tensors = {name: tensor.half() for name, tensor in original_file.tensors(base).items()}
+    path = write_single(tmp_path / "half.safetensors", tensors)
+    got = load_base(path, base_config=str(tiny.base_folder()), dtype=torch.bfloat16)
+    assert (got.unet.dtype, got.text_encoder.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert got.vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("model.diffusion_model.input_blocks.1.0.in_layers.2.weight", "unet"),
+        ("model.diffusion_model.output_blocks.3.1.proj_in.bias", "unet"),
+        ("model.diffusion_model.out.2.bias", "unet"),
+        ("first_stage_model.encoder.mid.attn_1.q.weight", "vae"),
+        ("first_stage_model.decoder.up.3.block.0.conv1.bias", "vae"),
+        ("first_stage_model.quant_conv.weight", "vae"),
+        ("cond_stage_model.transformer.text_model.final_layer_norm.bias", "text_encoder"),
+    ],
+)
+@pytest.mark.parametrize("fault", ["missing", "reshaped", "renamed"])
+def test_a_single_file_with_a_wrong_tensor_is_refused_in_one_line(
+    base, tmp_path, name: str, part: str, fault: str
+) -> None:
+    tensors = original_file.tensors(base)
+    tensor = tensors.pop(name)
+    if fault == "reshaped":
+        tensors[name] = torch.cat([tensor, tensor])
+    elif fault == "renamed":
+        tensors[name.replace(name.rpartition(".")[0], name.rpartition(".")[0] + "x")] = tensor
+    path = write_single(tmp_path / "sd.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"the base sd\.safetensors must hold the weig") as error:
+        load_base(path, base_config=str(tiny.base_folder()))
+    kind = "of another shape" if fault == "reshaped" else "missing"
+    assert f"got {part}: 1 {kind}" in one_line(error)
+
+
+def test_a_single_file_with_half_a_convolution_is_refused_in_one_line(base, tmp_path) -> None:
+    tensors = original_file.tensors(base)
+    del tensors["model.diffusion_model.output_blocks.1.1.conv.bias"]
+    path = write_single(tmp_path / "sd.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"got no tensor output_blocks\.1\.1\.conv\.bias\.") as e:
+        load_base(path, base_config=str(tiny.base_folder()))
+    one_line(e)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "network"),
+    [
+        ("model.diffusion_model.", "UNet"),
+        ("first_stage_model.", "VAE"),
+        ("cond_stage_model.", "text encoder"),
+    ],
+)
+def test_a_single_file_without_one_of_the_networks_is_refused(base, tmp_path, prefix, network):
+    tensors = {n: t for n, t in original_file.tensors(base).items() if not n.startswith(prefix)}
+    path = write_single(tmp_path / "sd.safetensors", tensors)
+    with pytest.raises(ValueError, match=f"must hold a whole Stable Diffusion, got no {network}"):
+        load_base(path, base_config=str(tiny.base_folder()))
+
+
+class Malice:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_ckpt_that_would_run_code_is_refused_and_runs_nothing(base, tmp_path) -> None:
+    torch.save({"state_dict": {"x": Malice(tmp_path / "ran")}}, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match=r"evil\.ckpt must hold tensors only"):
+        load_base(str(tmp_path / "evil.ckpt"), base_config=str(tiny.base_folder()))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_wide_single_file_must_name_its_prediction_type(folder, tmp_path) -> None:
+    for part, key in (("unet", "cross_attention_dim"), ("text_encoder", "hidden_size")):
+        path = folder / part / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: 1024}))
+    (tmp_path / "sd2.safetensors").write_bytes(b"not read before the refusal")
+    with pytest.raises(ValueError, match=r"--prediction_type must be named .*768 px: v_prediction"):
+        load_base(str(tmp_path / "sd2.safetensors"), base_config=str(folder))
+    config = read_base_config(str(tmp_path / "sd2.safetensors"), base_config=str(folder))
+    check_prediction_type(config, "epsilon")
+    check_prediction_type(read_base_config(str(folder)), "auto")
+
+
+# ---- the sizes of the real thing
+
+
+@pytest.mark.skipif(not SD15_CONFIGS.is_dir(), reason="needs SD 1.5's configurations")
+def test_sd15s_controlnet_has_the_parameters_of_the_real_one() -> None:
+    sizes = estimate_sizes(read_base_config(str(SD15_CONFIGS)), precision="32", has_average=False)
+    assert sizes["controlnet_parameters"] == 361_279_120
+    # 859.5 M + 83.7 M + 123.1 M frozen, and four copies of 361.3 M trained, in fp32.
+    assert sizes["weights_gib"] == pytest.approx((1066.2e6 + 4 * 361.279e6) * 4 / 2**30, rel=1e-3)
+    assert sizes["checkpoint_gib"] == pytest.approx(3 * 361_279_120 * 4 / 2**30)
+
+
+@pytest.mark.skipif(not SD15_CONFIGS.is_dir(), reason="needs SD 1.5's configurations")
+def test_half_precision_halves_the_frozen_networks_alone() -> None:
+    config = read_base_config(str(SD15_CONFIGS))
+    full = estimate_sizes(config, precision="32", has_average=True)
+    half = estimate_sizes(config, precision="bf16-mixed", has_average=True)
+    frozen = 859_520_964 + 83_653_863 + 123_060_480
+    assert full["weights_gib"] - half["weights_gib"] == pytest.approx(frozen * 2 / 2**30)
+    assert full["checkpoint_gib"] == half["checkpoint_gib"]
+
+
+@pytest.mark.skipif(not SD21_CONFIGS.is_dir(), reason="needs SD 2.1's configurations")
+def test_sd21_is_understood_from_its_configuration() -> None:
+    config = read_base_config(str(SD21_CONFIGS))
+    assert (config.image_size, config.prediction_type) == (512, "epsilon")
+    sizes = estimate_sizes(config, precision="32", has_average=False)
+    assert 3.6e8 < sizes["controlnet_parameters"] < 3.7e8

@@ -1,0 +1,205 @@
+"""A run's folder: its own, found again, and read without running code."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from inpainting.runs import (
+    RUN_PREFIX,
+    find_checkpoint,
+    is_first_process,
+    new_run_dir,
+    read_checkpoint,
+    run_dir_of,
+    write_run_json,
+)
+
+CHECKPOINT = {"loops": {}, "state_dict": {"controlnet.x": torch.arange(4096.0)}, "global_step": 3}
+
+
+def write_checkpoint(path: Path, *, age_s: float = 0.0, step: int = 3) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({**CHECKPOINT, "global_step": step}, path)
+    os.utime(path, (time.time() - age_s,) * 2)
+    return path
+
+
+def run(output_dir: Path, name: str) -> Path:
+    return output_dir / f"{RUN_PREFIX}{name}" / "checkpoints"
+
+
+# ---- the folder
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(time, "strftime", lambda _: "20300101_000000")
+    folders = [new_run_dir(tmp_path / "outputs") for _ in range(4)]
+    assert [folder.name for folder in folders] == [
+        RUN_PREFIX + "20300101_000000" + suffix for suffix in ("", "_2", "_3", "_4")
+    ]
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_an_output_dir_below_a_file_is_an_error_of_the_users(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises((NotADirectoryError, FileExistsError), match="file"):
+        new_run_dir(tmp_path / "file" / "outputs")
+
+
+def test_a_checkpoints_run_is_the_folder_with_its_run_json(tmp_path, monkeypatch) -> None:
+    path = write_checkpoint(run(tmp_path, "1") / "last.ckpt")
+    assert run_dir_of(path) is None
+    (path.parents[1] / "run.json").write_text("{}")
+    assert run_dir_of(path) == path.parents[1]
+    assert run_dir_of(write_checkpoint(tmp_path / "moved.ckpt")) is None
+    monkeypatch.chdir(path.parent)
+    assert run_dir_of(Path("last.ckpt")) == path.parents[1]
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_first"),
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "1"}, False),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, False),
+        ({"SLURM_PROCID": "3"}, False),
+    ],
+)
+def test_only_rank_0_is_the_first_process(monkeypatch, environment, is_first) -> None:
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_first_process() is is_first
+
+
+# ---- finding a checkpoint
+
+
+def test_last_is_the_newest_checkpoint_of_all_runs(tmp_path) -> None:
+    write_checkpoint(run(tmp_path, "3") / "last.ckpt", age_s=30)
+    newest = write_checkpoint(run(tmp_path, "1") / "last.ckpt", age_s=10)
+    write_checkpoint(run(tmp_path, "2") / "last.ckpt", age_s=20)
+    write_checkpoint(tmp_path / "something_else" / "checkpoints" / "last.ckpt")
+    assert find_checkpoint("last", output_dir=tmp_path) == newest
+
+
+def test_last_passes_over_what_cant_be_loaded(tmp_path) -> None:
+    good = write_checkpoint(run(tmp_path, "1") / "last.ckpt", age_s=100)
+    torn = write_checkpoint(run(tmp_path, "2") / "last.ckpt", age_s=10)
+    torn.write_bytes(torn.read_bytes()[:-5000])
+    (run(tmp_path, "3")).mkdir(parents=True)
+    (run(tmp_path, "3") / "last.ckpt").touch()
+    torch.save({"x": torch.zeros(3)}, run(tmp_path, "3") / "weights.ckpt")
+    (run(tmp_path, "4") / "half.ckpt").mkdir(parents=True)  # DeepSpeed, killed while writing
+    assert find_checkpoint("last", output_dir=tmp_path) == good
+
+
+def test_last_passes_over_a_link_to_nothing(tmp_path) -> None:
+    good = write_checkpoint(run(tmp_path, "1") / "last.ckpt", age_s=100)
+    run(tmp_path, "2").mkdir(parents=True)
+    (run(tmp_path, "2") / "last.ckpt").symlink_to("last.a")
+    assert find_checkpoint("last", output_dir=tmp_path) == good
+
+
+def test_last_prefers_last_ckpt_to_a_named_one_of_the_same_step(tmp_path) -> None:
+    last = write_checkpoint(run(tmp_path, "1") / "last.ckpt", age_s=5, step=7)
+    named = write_checkpoint(run(tmp_path, "1") / "controlnet-epoch=00.ckpt", age_s=1, step=7)
+    assert find_checkpoint("last", output_dir=tmp_path) == last
+    write_checkpoint(named, age_s=1, step=8)
+    assert find_checkpoint("last", output_dir=tmp_path) == named
+
+
+def test_no_checkpoint_at_all_is_refused(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"last needs a run .*, got none under"):
+        find_checkpoint("last", output_dir=tmp_path / "nowhere")
+
+
+def test_a_named_checkpoint_is_taken_as_it_is(tmp_path) -> None:
+    path = write_checkpoint(tmp_path / "moved.ckpt")
+    assert find_checkpoint(str(path), output_dir=tmp_path / "outputs") == path
+    with pytest.raises(FileNotFoundError, match=r"a checkpoint that exists, got .*no\.ckpt"):
+        find_checkpoint(str(tmp_path / "no.ckpt"), output_dir=tmp_path)
+
+
+def test_a_deepspeed_checkpoint_is_a_folder_with_a_marker_that_is_written_last(tmp_path) -> None:
+    (tmp_path / "last.a" / "checkpoint").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"must be a checkpoint that exists, got .*last\.a"):
+        read_checkpoint(tmp_path / "last.a")
+    (tmp_path / "last.a" / "latest").write_text("checkpoint")
+    assert read_checkpoint(tmp_path / "last.a") == {}
+
+
+# ---- reading a checkpoint
+
+
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path) -> None:
+    checkpoint = read_checkpoint(write_checkpoint(tmp_path / "a.ckpt"))
+    assert checkpoint["global_step"] == 3
+    assert torch.equal(checkpoint["state_dict"]["controlnet.x"], torch.arange(4096.0))
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04 torn"])
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path, content) -> None:
+    (tmp_path / "a.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.ckpt must be a training checkpoint, got a f") as e:
+        read_checkpoint(tmp_path / "a.ckpt")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, {"x": torch.zeros(1)}, [1, 2], 3])
+def test_other_weights_are_sent_to_their_own_flag(tmp_path, content) -> None:
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"got other weights\. .*use --controlnet_weights"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+class Malice:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_malicious_checkpoint_is_refused_and_runs_nothing(tmp_path) -> None:
+    torch.save({**CHECKPOINT, "callbacks": Malice(tmp_path / "ran")}, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match=r"evil\.ckpt must be a training checkpoint"):
+        read_checkpoint(tmp_path / "evil.ckpt")
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "evil.ckpt", weights_only=False)
+    assert (tmp_path / "ran").exists(), "the file was harmless: the test proved nothing"
+
+
+# ---- run.json
+
+
+def test_run_json_says_what_the_run_is(tmp_path) -> None:
+    write_run_json(tmp_path, arguments={"seed": 1, "name": "größe"}, record={"image_size": 64})
+    run_json = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert run_json["arguments"] == {"seed": 1, "name": "größe"}
+    assert run_json["inpainting"] == {"image_size": 64}
+    assert torch.__version__.startswith(run_json["versions"]["torch"].split("+")[0])
+    assert run_json["history"] == []
+    assert set(run_json) == {
+        "started", "arguments", "inpainting", "versions", "git_commit", "history",
+    }  # fmt: skip
+
+
+def test_run_json_keeps_what_the_run_was_before_it_was_resumed(tmp_path) -> None:
+    for seed in range(3):
+        write_run_json(tmp_path, arguments={"seed": seed}, record={})
+    run_json = json.loads((tmp_path / "run.json").read_text())
+    assert run_json["arguments"] == {"seed": 2}
+    assert [entry["arguments"] for entry in run_json["history"]] == [{"seed": 0}, {"seed": 1}]
+    assert all("history" not in entry for entry in run_json["history"])
