@@ -28,15 +28,6 @@ def names_in(folder: Path) -> list[str]:
 # ---- whole or not at all
 
 
-def test_a_file_is_replaced_as_a_whole(tmp_path) -> None:
-    path = tmp_path / "new folder" / "a.txt"
-    for text in ("one", "größer"):
-        write_text_atomically(path, text)
-        assert path.read_text(encoding="utf-8") == text
-    assert names_in(path.parent) == ["a.txt"]
-    assert path.stat().st_mode & 0o777 == 0o644
-
-
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error) -> None:
     path = tmp_path / "a.txt"
