@@ -8,8 +8,11 @@ another batch size or number of devices too.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import signal
 from collections.abc import Iterator
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import numpy as np
@@ -278,6 +281,7 @@ class InpaintingDataModule(pl.LightningDataModule):
             pin_memory=trainer.strategy.root_device.type == "cuda",
             persistent_workers=self.num_workers > 0,
             worker_init_fn=_leave_signals_to_the_run,
+            multiprocessing_context=self._worker_context(),
         )
         loader.trainer, loader.position = trainer, self.position
         return loader
@@ -299,7 +303,26 @@ class InpaintingDataModule(pl.LightningDataModule):
             pin_memory=trainer.strategy.root_device.type == "cuda",
             persistent_workers=self.num_workers > 0,
             worker_init_fn=_leave_signals_to_the_run,
+            multiprocessing_context=self._worker_context(),
         )
+
+    def _worker_context(self) -> BaseContext | None:
+        """Return how loader workers are started: among several ranks not by a plain fork.
+
+        A fork copies the locks that the process group's threads hold at that moment, and hangs
+        (seen with gloo: CPython's thread list). A fork server has no such threads. Signals that
+        reach the whole process group must not end it either.
+        """
+        if self._trainer().world_size == 1 or self.num_workers == 0:
+            return None
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        signums = (signal.SIGINT, signal.SIGTERM)
+        handlers = [signal.signal(signum, signal.SIG_IGN) for signum in signums]
+        forkserver.ensure_running()
+        for signum, handler in zip(signums, handlers, strict=True):
+            signal.signal(signum, handler)
+        return context
 
     def _trainer(self) -> pl.Trainer:
         assert self.trainer is not None
