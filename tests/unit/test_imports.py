@@ -42,7 +42,7 @@ DEMO_DOOR = "demo.defaults"
 USES_LIGHTNING = {*_LIGHTNING, "train_lightning"}
 
 # Distributions whose import name is another one.
-DISTRIBUTIONS = {"PIL": "pillow"}
+DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless"}
 
 
 def sources() -> list[Path]:
