@@ -70,8 +70,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         check_flags(args)
         jobs = find_jobs(Path(args.input_image), Path(args.input_mask))
-        quiet_libraries()
         from inpainting.sampling import check_steps
+        from pipeline import quiet_libraries
+
+        quiet_libraries()
 
         check_steps(num_inference_steps=args.num_inference_steps, strength=args.strength)
         # A lone bad mask is told of before loading for minutes.
@@ -125,16 +127,6 @@ def fill_job(
         return False
     print(*paths, sep="\n", flush=True)
     return True
-
-
-def quiet_libraries() -> None:
-    """Keep remarks on casts and absent optional packages from burying our own lines."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def load(args: argparse.Namespace) -> tuple[InpaintPipeline, int]:
