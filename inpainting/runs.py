@@ -80,8 +80,8 @@ def find_checkpoint(name: str, *, output_dir: Path) -> Path:
         step = _loadable_step(path)
         if step is None:
             continue
-        # A named checkpoint that max_steps cut out of an epoch has left that epoch behind;
-        # last.ckpt of the same step, written just before it, is still inside.
+        # A named checkpoint that max_steps cut out of an epoch has seen a validation that the
+        # epoch hasn't come to yet; last.ckpt of the same step was written just before it.
         last = path.with_name("last.ckpt")
         return last if last.exists() and _loadable_step(last) == step else path
     raise FileNotFoundError(

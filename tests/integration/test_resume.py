@@ -215,6 +215,20 @@ def test_max_steps_within_an_epoch_resumes_to_the_same_bits_and_beyond(
         assert not list_differences(*(state[key] for state in states), at=key)
 
 
+def test_a_named_checkpoint_of_a_cut_epoch_goes_on_inside_it(
+    flags: list[str], tmp_path: Path
+) -> None:
+    command = [*flags, "--num_epochs", "2", "--save_every_n_steps", "3"]
+    whole = run(command, output_dir=tmp_path / "whole")
+    cut = run([*command, "--max_steps", "7"], output_dir=tmp_path / "cut")
+    (named,) = (cut.run_dir / "checkpoints").glob("controlnet-epoch=01-*.ckpt")
+    longer = run([*command, "--resume_from_checkpoint", str(named)], output_dir=tmp_path / "cut")
+    assert "done: 10 steps" in longer.output, longer.output
+    states = [read_last(result.run_dir) for result in (whole, longer)]
+    for key in ("state_dict", "optimizer_states", "loops", "global_step", "epoch"):
+        assert not list_differences(*(state[key] for state in states), at=key)
+
+
 def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once(
     flags: list[str], tmp_path: Path
 ) -> None:
