@@ -21,7 +21,12 @@ from typing import TYPE_CHECKING, cast
 from inpainting.flags import DEFAULT_BASE, build_parser
 from inpainting.masks import check_area_range
 from inpainting.preflight import check_flags, check_image_size, resolve_device
-from inpainting.runs import cache_dir, find_checkpoint, is_first_process
+from inpainting.runs import (
+    cache_dir,
+    check_strategy_can_read,
+    find_checkpoint,
+    is_first_process,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,6 +96,7 @@ def _build(args: argparse.Namespace) -> Run | None:
         checkpoint_path = find_checkpoint(
             args.resume_from_checkpoint, output_dir=Path(args.output_dir)
         )
+        check_strategy_can_read(checkpoint_path, strategy=args.strategy)
     index = _read_index(args)
     if args.dry_run:
         _print_dry_run(args, config=config, num_images=len(index))

@@ -279,6 +279,10 @@ def test_a_moved_checkpoint_goes_on_in_a_new_folder(
     moved = shutil.copy(straight / "checkpoints" / "last.ckpt", tmp_path / "my run.ckpt")
     before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
     command = [*flags, *STATEFUL, "--num_epochs", "3", "--resume_from_checkpoint", str(moved)]
+    killed = run(command, output_dir=tmp_path / "outputs", deaths=[Death(FORWARD)])
+    assert read_last(killed.run_dir)["global_step"] == 10, "something to resume from at once"
+    assert "resuming from" in (killed.run_dir / "run.log").read_text()
+    shutil.rmtree(tmp_path / "outputs")
     resumed = run(command, output_dir=tmp_path / "outputs")
     assert resumed.code == 0, resumed.output
     assert "isn't in a run folder" in resumed.output
@@ -307,12 +311,15 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(
     no_average = torch.load(checkpoints / "last.ckpt", weights_only=True)
     del no_average["average"]
     torch.save(no_average, tmp_path / "no_average.ckpt")
+    (tmp_path / "deepspeed").mkdir()
+    (tmp_path / "deepspeed" / "latest").write_text("checkpoint")
     other_base = ["--pretrained_model_name_or_path", str(tiny.base_folder(stride=4))]
     for value, extra, message in (
         (torn, [], "can't be read"),
         (straight / "final_model" / "controlnet.pth", [], "--controlnet_weights"),
         (tmp_path / "missing.ckpt", [], "must be a checkpoint that exists"),
         (tmp_path, [], "must be a checkpoint that exists"),
+        (tmp_path / "deepspeed", ["--strategy", "ddp"], "got the DeepSpeed folder"),
         ("last", [], "loadable checkpoint"),
         (tmp_path / "no_average.ckpt", ["--ema_decay", "0.9"], "--ema_decay"),
         (checkpoints / "last.ckpt", other_base, "a run with this base"),
