@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from inpainting.infer_flags import build_parser, check_flags
 from inpainting.pairs import Job, Picture, find_jobs, read_picture, write_results
+from inpainting.quiet import quiet_libraries
 from inpainting.runs import cache_dir
 
 if TYPE_CHECKING:  # the imports of torch and diffusers take seconds: --help must not
@@ -128,16 +129,6 @@ def fill_job(
         return False
     print(*paths, sep="\n", flush=True)
     return True
-
-
-def quiet_libraries() -> None:
-    """Keep remarks on casts and absent optional packages from burying our own lines."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def load(args: argparse.Namespace) -> tuple[InpaintPipeline, int]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, cast
 from inpainting.flags import DEFAULT_BASE, build_parser
 from inpainting.masks import check_area_range
 from inpainting.preflight import check_flags, check_image_size, resolve_device
+from inpainting.quiet import quiet_libraries
 from inpainting.runs import (
     cache_dir,
     check_strategy_can_read,
@@ -79,7 +80,8 @@ def prepare(args: argparse.Namespace) -> Run | None:
 
 def _build(args: argparse.Namespace) -> Run | None:
     _name_the_data(args)
-    _quiet_libraries()
+    _quiet_lightning()
+    quiet_libraries()
     from inpainting.base import read_base_config
     from model import check_prediction_type
 
@@ -125,21 +127,15 @@ def _name_the_data(args: argparse.Namespace) -> None:
         args.pretrained_model_name_or_path = DEFAULT_BASE
 
 
-def _quiet_libraries() -> None:
-    """Silence what libraries say about themselves; their errors and our own lines remain."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def _quiet_lightning() -> None:
+    """Silence what Lightning and DeepSpeed say about themselves; our own lines remain."""
     os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric)\b")
-    import diffusers
     import pytorch_lightning  # noqa: F401 - sets its loggers' levels when it is imported
-    import transformers
 
     for name in ("pytorch_lightning", "lightning_fabric", "pytorch_lightning.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
 
 
 def _read_index(args: argparse.Namespace) -> CocoIndex:
