@@ -190,7 +190,8 @@ class StopOnSignal(pl.Callback):
         self._group: dist.ProcessGroup | None = None
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the handlers; replaces Lightning's."""
+        """Install the handlers; replaces Lightning's, and the command's ending at once."""
+        signal.set_wakeup_fd(-1)
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._handle)
 

@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -48,15 +49,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
-    # Until training has its own handlers. An exception would be swallowed within an import.
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, _: os._exit(128 + signum))
+    _end_at_once_on_a_signal()
     try:
         run = prepare(args)
         return 0 if run is None else train(run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _end_at_once_on_a_signal() -> None:
+    """Answer SIGINT and SIGTERM until training has its own handlers (StopOnSignal).
+
+    By a thread: the main one may wait in C++ for another rank, where no Python handler runs, until
+    Lightning sees that rank gone and kills this one with SIGKILL. And not by an exception, which
+    would be swallowed within an import.
+    """
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)  # as set_wakeup_fd demands
+    signal.set_wakeup_fd(write_end)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: None)  # only signals with a handler are written there
+    threading.Thread(target=lambda: os._exit(128 + os.read(read_end, 1)[0]), daemon=True).start()
 
 
 class UserError(Exception):
