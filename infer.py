@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from inpainting.infer_flags import build_parser, check_flags
 from inpainting.pairs import Job, Picture, find_jobs, read_picture, write_results
+from inpainting.quiet import quiet_libraries
 from inpainting.runs import cache_dir
 
 if TYPE_CHECKING:  # the imports of torch and diffusers take seconds: --help must not

@@ -46,6 +46,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class NamedCheckpoint(ModelCheckpoint):
     """`controlnet-epoch=00-train_loss=0.1234.ckpt`: every N epochs, the first and the last one.
 
+    In an epoch that max_steps cuts short it is written behind the validation, by when Lightning
+    counts the epoch as done and would resume with the next one: it holds the loops as they stood
+    after the last step.
+
     Args:
         dirpath: the run's checkpoints folder.
         every_n_epochs: between two of them.
@@ -66,6 +70,22 @@ class NamedCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.interval = every_n_epochs
+        self._loops_at_cut: dict[str, Any] | None = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Keep the loops' state where max_steps cuts the epoch."""
+        is_cut = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if is_cut and trainer.global_step == trainer.max_steps:
+            self._loops_at_cut = trainer.fit_loop.state_dict()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put back the loops' state of a cut epoch."""
+        if self._loops_at_cut is not None:
+            checkpoint["loops"]["fit_loop"] = self._loops_at_cut
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save where one is due; train_loss and val/loss of this epoch are known by now."""
@@ -170,7 +190,8 @@ class StopOnSignal(pl.Callback):
         self._group: dist.ProcessGroup | None = None
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the handlers; replaces Lightning's."""
+        """Install the handlers; replaces Lightning's, and the command's ending at once."""
+        signal.set_wakeup_fd(-1)
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._handle)
 

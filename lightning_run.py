@@ -18,6 +18,7 @@ from inpainting.coco import CocoIndex
 from inpainting.interop import describe_mismatch, read_controlnet_weights
 from inpainting.record import InpaintingRecord
 from inpainting.runs import (
+    adopt_checkpoint,
     is_first_process,
     new_run_dir,
     read_checkpoint,
@@ -199,20 +200,20 @@ def _open_run_dir(
     """
     if not is_first_process():
         return Path(args.output_dir) / "not_the_first_process", None
-    global_step = None
-    run_dir = None
-    if checkpoint_path is not None:
-        global_step = read_checkpoint(checkpoint_path).get("global_step")
-        run_dir = run_dir_of(checkpoint_path)
-        logger.info("resuming from %s at step %s", checkpoint_path, global_step)
-        if run_dir is None:
-            logger.info("the checkpoint isn't in a run folder: going on in a new one")
-    if run_dir is None:
-        run_dir = new_run_dir(Path(args.output_dir))
+    own_dir = None if checkpoint_path is None else run_dir_of(checkpoint_path)
+    run_dir = own_dir or new_run_dir(Path(args.output_dir))
     handler = logging.FileHandler(run_dir / "run.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     write_run_json(run_dir, arguments=_portable_arguments(args), record=asdict(record))
+    global_step = None
+    if checkpoint_path is not None:
+        global_step = read_checkpoint(checkpoint_path).get("global_step")
+        at_step = "" if global_step is None else f" at step {global_step}"
+        logger.info("resuming from %s%s", checkpoint_path, at_step)
+        if own_dir is None:
+            logger.info("the checkpoint isn't in a run folder: going on in a new one")
+            adopt_checkpoint(checkpoint_path, run_dir=run_dir)
     return run_dir, None if global_step is None else global_step + 1
 
 

@@ -116,12 +116,12 @@ def load_base(
     """
     config = read_base_config(name_or_path, base_config=base_config)
     check_prediction_type(config, prediction_type)
+    tokenizer = _load_tokenizer(config)
     parts = _load_single_file(config) if config.single_file else _load_folder(config, dtype)
     vae, unet, text_encoder = parts
     for network in parts:
         nn.Module.to(network, dtype=torch.float32 if network is vae else dtype)
         network.requires_grad_(False).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(config.config_dir / "tokenizer")
     if len(tokenizer) != text_encoder.config.vocab_size:
         raise ValueError(
             f"the base's tokenizer must know the text encoder's {text_encoder.config.vocab_size} "
@@ -160,20 +160,11 @@ def _load_folder(config: BaseConfig, dtype: torch.dtype) -> Networks:
     Raises:
         ValueError: the weights are missing, torn, or don't fit the configuration.
     """
-    name = config.name_or_path
     try:
-        loaded: Any = (
-            AutoencoderKL.from_pretrained(
-                name, subfolder="vae", torch_dtype=torch.float32, output_loading_info=True
-            ),
-            UNet2DConditionModel.from_pretrained(
-                name, subfolder="unet", torch_dtype=dtype, output_loading_info=True
-            ),
-            CLIPTextModel.from_pretrained(
-                name, subfolder="text_encoder", dtype=dtype, output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            ),
-        )  # fmt: skip
+        if Path(config.name_or_path).is_dir():
+            loaded = _load_parts(config.name_or_path, dtype)
+        else:
+            loaded = _load_from_hub(config.name_or_path, dtype)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(_describe_misfit(config, str(error).strip().splitlines()[0])) from error
     for part, (_, info) in zip(("vae", "unet", "text_encoder"), loaded, strict=True):
@@ -184,6 +175,49 @@ def _load_folder(config: BaseConfig, dtype: torch.dtype) -> Networks:
                 raise ValueError(_describe_misfit(config, f"{part}: {count} {kind}: {names}."))
     vae, unet, text_encoder = (network for network, _ in loaded)
     return vae, unet, text_encoder
+
+
+def _load_from_hub(hub_id: str, dtype: torch.dtype) -> Any:
+    """Load what the hub's cache holds, and ask the hub for the rest alone.
+
+    Without a network diffusers asks for each file six times, half a minute long, and then takes
+    the cached one after all.
+    """
+    try:
+        return _load_parts(hub_id, dtype, local_files_only=True)
+    except OSError:
+        return _load_parts(hub_id, dtype)
+
+
+def _load_parts(name: str, dtype: torch.dtype, *, local_files_only: bool = False) -> Any:
+    """Return VAE, UNet and text encoder, each with what was missing or left over."""
+    where: Any = {"output_loading_info": True, "local_files_only": local_files_only}
+    return (
+        AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=torch.float32, **where),
+        UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=dtype, **where),
+        CLIPTextModel.from_pretrained(
+            name, subfolder="text_encoder", dtype=dtype, ignore_mismatched_sizes=True, **where
+        ),
+    )
+
+
+def _load_tokenizer(config: BaseConfig) -> CLIPTokenizer:
+    """Load the tokenizer, before the weights: it may be what is missing.
+
+    Raises:
+        ValueError: its files are missing or torn.
+    """
+    folder = config.config_dir / "tokenizer"
+    needed = f"the base {config.name} must hold a CLIP tokenizer (vocab.json, merges.txt), got"
+    if not (folder / "tokenizer.json").is_file():
+        for name in ("vocab.json", "merges.txt"):
+            if not (folder / name).is_file():
+                raise ValueError(f"{needed} no {name} in {folder}. Fetch it again.")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # its libraries raise that very class for a torn file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{needed} {folder}: {reason}. Fetch it again.") from error
 
 
 def _load_single_file(config: BaseConfig) -> Networks:

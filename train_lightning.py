@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +22,13 @@ from typing import TYPE_CHECKING, cast
 from inpainting.flags import DEFAULT_BASE, build_parser
 from inpainting.masks import check_area_range
 from inpainting.preflight import check_flags, check_image_size, resolve_device
-from inpainting.runs import cache_dir, find_checkpoint, is_first_process
+from inpainting.quiet import quiet_libraries
+from inpainting.runs import (
+    cache_dir,
+    check_strategy_can_read,
+    find_checkpoint,
+    is_first_process,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,15 +49,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
-    # Until training has its own handlers. An exception would be swallowed within an import.
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, _: os._exit(128 + signum))
+    _end_at_once_on_a_signal()
     try:
         run = prepare(args)
         return 0 if run is None else train(run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _end_at_once_on_a_signal() -> None:
+    """Answer SIGINT and SIGTERM until training has its own handlers (StopOnSignal).
+
+    By a thread: the main one may wait in C++ for another rank, where no Python handler runs, until
+    Lightning sees that rank gone and kills this one with SIGKILL. And not by an exception, which
+    would be swallowed within an import.
+    """
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)  # as set_wakeup_fd demands
+    signal.set_wakeup_fd(write_end)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: None)  # only signals with a handler are written there
+    threading.Thread(target=lambda: os._exit(128 + os.read(read_end, 1)[0]), daemon=True).start()
 
 
 class UserError(Exception):
@@ -74,7 +94,8 @@ def prepare(args: argparse.Namespace) -> Run | None:
 
 def _build(args: argparse.Namespace) -> Run | None:
     _name_the_data(args)
-    _quiet_libraries()
+    _quiet_lightning()
+    quiet_libraries()
     from inpainting.base import read_base_config
     from model import check_prediction_type
 
@@ -91,6 +112,7 @@ def _build(args: argparse.Namespace) -> Run | None:
         checkpoint_path = find_checkpoint(
             args.resume_from_checkpoint, output_dir=Path(args.output_dir)
         )
+        check_strategy_can_read(checkpoint_path, strategy=args.strategy)
     index = _read_index(args)
     if args.dry_run:
         _print_dry_run(args, config=config, num_images=len(index))
@@ -119,21 +141,15 @@ def _name_the_data(args: argparse.Namespace) -> None:
         args.pretrained_model_name_or_path = DEFAULT_BASE
 
 
-def _quiet_libraries() -> None:
-    """Silence what libraries say about themselves; their errors and our own lines remain."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def _quiet_lightning() -> None:
+    """Silence what Lightning and DeepSpeed say about themselves; our own lines remain."""
     os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric)\b")
-    import diffusers
     import pytorch_lightning  # noqa: F401 - sets its loggers' levels when it is imported
-    import transformers
 
     for name in ("pytorch_lightning", "lightning_fabric", "pytorch_lightning.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
 
 
 def _read_index(args: argparse.Namespace) -> CocoIndex:

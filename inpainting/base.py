@@ -8,7 +8,9 @@ configurations. This file decides which bases can be trained on, before any weig
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ NEEDED_ENTRIES = {
     "vae": ("block_out_channels", "latent_channels"),
     "text_encoder": ("hidden_size",),
 }
+NEEDED_FILES = (
+    "unet/config.json", "vae/config.json", "text_encoder/config.json",
+    "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json",
+)  # fmt: skip
 CONFIG_FILES = ("model_index.json", "*/config.json", "scheduler/*", "tokenizer/*")
 
 
@@ -109,7 +115,11 @@ def read_base_config(name_or_path: str, *, base_config: str | None = None) -> Ba
 
 
 def _locate_configs(name_or_path: str, *, flag: str) -> Path:
-    """Return a local folder with the configurations, fetching only those from the hub."""
+    """Return a local folder with the configurations, fetching only those from the hub.
+
+    What the hub's cache holds is taken without asking the hub: a base doesn't change between a run
+    and its resume, and a machine without a network needn't be told so.
+    """
     path = Path(name_or_path)
     if path.is_dir():
         return path
@@ -120,10 +130,15 @@ def _locate_configs(name_or_path: str, *, flag: str) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    fetch = partial(snapshot_download, name_or_path, allow_patterns=list(CONFIG_FILES))
+    with suppress(OSError, ValueError):  # every huggingface_hub error is one of the two
+        cached = Path(fetch(local_files_only=True))
+        if all((cached / name).is_file() for name in NEEDED_FILES):
+            return cached
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=list(CONFIG_FILES)))
-    except (OSError, ValueError) as error:  # every huggingface_hub error is one of the two
-        reason = str(error).strip().splitlines()[0]
+        return Path(fetch())
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].removeprefix("Got: ")
         raise FileNotFoundError(
             f"the base {name_or_path} must be a folder on disk or reachable on the hub, got: "
             f"{reason} Download it once and name the folder with {flag}."

@@ -9,18 +9,24 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from inpainting.atomic import write_text_atomically
+from inpainting.atomic import replace_atomically, write_text_atomically
 
 RUN_PREFIX = "controlnet_inpainting_lightning_"
 RECORDED_PACKAGES = (
     "torch", "pytorch-lightning", "diffusers", "transformers", "accelerate", "safetensors",
     "pycocotools", "pillow", "numpy", "deepspeed",
+)  # fmt: skip
+# What a resume asks of a checkpoint file; other trainers' files lack some of it.
+CHECKPOINT_PARTS = (
+    "state_dict", "loops", "optimizer_states", "lr_schedulers", "callbacks", "loss_sums", "epoch",
+    "global_step", "pytorch-lightning_version",
 )  # fmt: skip
 
 
@@ -80,8 +86,8 @@ def find_checkpoint(name: str, *, output_dir: Path) -> Path:
         step = _loadable_step(path)
         if step is None:
             continue
-        # A named checkpoint that max_steps cut out of an epoch has left that epoch behind;
-        # last.ckpt of the same step, written just before it, is still inside.
+        # A named checkpoint that max_steps cut out of an epoch has seen a validation that the
+        # epoch hasn't come to yet; last.ckpt of the same step was written just before it.
         last = path.with_name("last.ckpt")
         return last if last.exists() and _loadable_step(last) == step else path
     raise FileNotFoundError(
@@ -125,12 +131,45 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} must be a training checkpoint, got a file that can't be read as one. "
             "Resume from another one in the same folder."
         ) from error
-    if not isinstance(checkpoint, dict) or not {"loops", "state_dict"} <= checkpoint.keys():
+    parts = checkpoint if isinstance(checkpoint, dict) else {}
+    missing = [name for name in CHECKPOINT_PARTS if name not in parts]
+    if missing:
         raise ValueError(
-            f"{path} must be a training checkpoint, got other weights. "
-            "To continue from weights alone, use --controlnet_weights."
+            f"{path} must be a training checkpoint of this trainer, got other weights (no "
+            f"{missing[0]}). To continue from weights alone, use --controlnet_weights."
         )
-    return checkpoint
+    return parts
+
+
+def check_strategy_can_read(path: Path, *, strategy: str) -> None:
+    """Refuse DeepSpeed's folder without DeepSpeed, and the other strategies' file with it.
+
+    Raises:
+        ValueError: names both.
+    """
+    is_folder = path.is_dir()
+    if is_folder == strategy.startswith("deepspeed"):
+        return
+    raise ValueError(
+        f"--strategy {strategy} must get a checkpoint of its own kind, got "
+        f"{'the DeepSpeed folder' if is_folder else 'a file, not a DeepSpeed folder:'} {path}. "
+        "Resume with the strategy in that run's run.json, or start a new run from its final_model "
+        "with --controlnet_weights."
+    )
+
+
+def adopt_checkpoint(path: Path, *, run_dir: Path) -> None:
+    """Copy a checkpoint that lies elsewhere to be a new run's last.ckpt.
+
+    So the run can be resumed before its first own save is due.
+    """
+    last = run_dir / "checkpoints" / "last.ckpt"
+    if path.is_dir():
+        shutil.copytree(path, last.with_name("last.a"))
+        last.symlink_to("last.a")
+        return
+    with replace_atomically(last) as temporary:
+        shutil.copyfile(path, temporary)
 
 
 def write_run_json(run_dir: Path, *, arguments: dict[str, Any], record: dict[str, Any]) -> None:

@@ -215,6 +215,20 @@ def test_max_steps_within_an_epoch_resumes_to_the_same_bits_and_beyond(
         assert not list_differences(*(state[key] for state in states), at=key)
 
 
+def test_a_named_checkpoint_of_a_cut_epoch_goes_on_inside_it(
+    flags: list[str], tmp_path: Path
+) -> None:
+    command = [*flags, "--num_epochs", "2", "--save_every_n_steps", "3"]
+    whole = run(command, output_dir=tmp_path / "whole")
+    cut = run([*command, "--max_steps", "7"], output_dir=tmp_path / "cut")
+    (named,) = (cut.run_dir / "checkpoints").glob("controlnet-epoch=01-*.ckpt")
+    longer = run([*command, "--resume_from_checkpoint", str(named)], output_dir=tmp_path / "cut")
+    assert "done: 10 steps" in longer.output, longer.output
+    states = [read_last(result.run_dir) for result in (whole, longer)]
+    for key in ("state_dict", "optimizer_states", "loops", "global_step", "epoch"):
+        assert not list_differences(*(state[key] for state in states), at=key)
+
+
 def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once(
     flags: list[str], tmp_path: Path
 ) -> None:
@@ -265,6 +279,10 @@ def test_a_moved_checkpoint_goes_on_in_a_new_folder(
     moved = shutil.copy(straight / "checkpoints" / "last.ckpt", tmp_path / "my run.ckpt")
     before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
     command = [*flags, *STATEFUL, "--num_epochs", "3", "--resume_from_checkpoint", str(moved)]
+    killed = run(command, output_dir=tmp_path / "outputs", deaths=[Death(FORWARD)])
+    assert read_last(killed.run_dir)["global_step"] == 10, "something to resume from at once"
+    assert "resuming from" in (killed.run_dir / "run.log").read_text()
+    shutil.rmtree(tmp_path / "outputs")
     resumed = run(command, output_dir=tmp_path / "outputs")
     assert resumed.code == 0, resumed.output
     assert "isn't in a run folder" in resumed.output
@@ -293,12 +311,15 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(
     no_average = torch.load(checkpoints / "last.ckpt", weights_only=True)
     del no_average["average"]
     torch.save(no_average, tmp_path / "no_average.ckpt")
+    (tmp_path / "deepspeed").mkdir()
+    (tmp_path / "deepspeed" / "latest").write_text("checkpoint")
     other_base = ["--pretrained_model_name_or_path", str(tiny.base_folder(stride=4))]
     for value, extra, message in (
         (torn, [], "can't be read"),
         (straight / "final_model" / "controlnet.pth", [], "--controlnet_weights"),
         (tmp_path / "missing.ckpt", [], "must be a checkpoint that exists"),
         (tmp_path, [], "must be a checkpoint that exists"),
+        (tmp_path / "deepspeed", ["--strategy", "ddp"], "got the DeepSpeed folder"),
         ("last", [], "loadable checkpoint"),
         (tmp_path / "no_average.ckpt", ["--ema_decay", "0.9"], "--ema_decay"),
         (checkpoints / "last.ckpt", other_base, "a run with this base"),

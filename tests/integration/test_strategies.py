@@ -256,6 +256,19 @@ def test_a_signal_stops_all_ranks_with_a_loadable_checkpoint(
     assert read_last_step(only_run(tmp_path / "outputs")) == int(match[1]) > 0
 
 
+def test_a_signal_while_one_rank_waits_for_the_other_ends_both_at_once(
+    flags: list[str], tmp_path: Path
+) -> None:
+    with Command([*TRAIN, *flags, *DDP], output_dir=tmp_path / "outputs") as command:
+        command.wait_until(
+            lambda: "run folder:" in command.output() and len(command.members()) == 2
+        )
+        for pid in command.members():
+            os.kill(pid, signal.SIGTERM)
+        command.wait_until(lambda: not command.members(), limit_s=STOP_LIMIT_S)
+        assert command.process.wait() == 143, command.output()
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 class TestDeepSpeed:
     """ZeRO over gloo, killed within an epoch and resumed: the whole path in one run per stage."""

@@ -293,6 +293,35 @@ def test_an_unsuitable_base_is_refused_from_its_configuration(
     assert ("got 9" if base == "inpainting" else "SDXL") in result.output
 
 
+@pytest.mark.parametrize("is_whole", [True, False], ids=["whole", "without a file"])
+def test_a_cached_base_needs_no_hub_and_no_other_line(
+    is_whole: bool, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "hub" / "models--some--base"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    shutil.copytree(tiny.base_folder(), snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    if not is_whole:
+        (snapshot / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    # Asking would be refused at once, but diffusers would ask for half a minute.
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0" if is_whole else "1")
+    command = ["train_lightning.py", *flags, "--limit_train_batches", "1"]
+    base = ["--pretrained_model_name_or_path", "some/base"]
+    code, stdout, stderr = run_typed([*command, *base, "--output_dir", tmp_path / "outputs"])
+    if is_whole:
+        assert code == 0, stderr
+        assert stdout.splitlines()[0].startswith("10 pictures train"), stdout
+        assert "Hub" not in stderr
+        assert "Warning" not in stderr
+    else:
+        assert (code, stdout) == (2, ""), stderr
+        assert len(stderr.splitlines()) == 1, stderr
+        assert "the base some/base must hold the weights" in stderr
+
+
 def test_a_fault_of_ours_keeps_its_traceback(
     trained: Result, flags: list[str], tmp_path: Path
 ) -> None:

@@ -148,17 +148,25 @@ def test_a_hub_id_that_cant_be_reached_is_refused_in_one_line(monkeypatch, tmp_p
     assert "Download it once and name the folder" in line
 
 
-def test_only_configurations_are_fetched_from_the_hub(folder, monkeypatch) -> None:
-    asked = {}
+@pytest.mark.parametrize("cached", ["nothing", "a part", "all"])
+def test_configurations_alone_are_fetched_from_the_hub_if_they_arent_cached(
+    cached, folder, tmp_path, monkeypatch
+) -> None:
+    asked = []
 
-    def snapshot_download(repo_id: str, *, allow_patterns: list[str]) -> str:
-        asked[repo_id] = allow_patterns
-        return str(folder)
+    def snapshot_download(
+        repo_id: str, *, allow_patterns: list[str], local_files_only: bool = False
+    ) -> str:
+        assert allow_patterns == list(base.CONFIG_FILES)
+        asked.append((repo_id, "cache" if local_files_only else "network"))
+        if local_files_only and cached == "nothing":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not there")
+        return str(tmp_path if local_files_only and cached == "a part" else folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    config = read_base_config("somebody/stable-diffusion")
-    assert config.name == "somebody/stable-diffusion"
-    assert asked == {"somebody/stable-diffusion": list(base.CONFIG_FILES)}
+    name = "somebody/stable-diffusion"
+    assert read_base_config(name).name == name
+    assert asked == [(name, "cache"), (name, "network")][: 1 if cached == "all" else 2]
     assert not [pattern for pattern in base.CONFIG_FILES if "safetensors" in pattern]
 
 

@@ -229,6 +229,17 @@ def test_a_tokenizer_that_doesnt_belong_to_the_text_encoder_is_refused(folder) -
         load_base(str(folder))
 
 
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
+@pytest.mark.parametrize("fault", ["absent", "torn"])
+def test_a_tokenizer_that_isnt_whole_is_refused_before_the_weights(folder, file, fault) -> None:
+    (folder / "unet" / WEIGHT_FILES["unet"]).unlink()
+    path = folder / "tokenizer" / file
+    path.unlink() if fault == "absent" else path.write_bytes(b'{"a')
+    with pytest.raises(ValueError, match=r"my-base must hold a CLIP tokenizer .*Fetch it") as error:
+        load_base(str(folder))
+    one_line(error)
+
+
 # ---- a single file
 
 

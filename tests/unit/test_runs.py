@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from inpainting.runs import (
+    CHECKPOINT_PARTS,
     RUN_PREFIX,
+    adopt_checkpoint,
+    check_strategy_can_read,
     find_checkpoint,
     is_first_process,
     new_run_dir,
@@ -20,7 +23,11 @@ from inpainting.runs import (
     write_run_json,
 )
 
-CHECKPOINT = {"loops": {}, "state_dict": {"controlnet.x": torch.arange(4096.0)}, "global_step": 3}
+CHECKPOINT = {
+    **{part: {} for part in CHECKPOINT_PARTS},
+    "state_dict": {"controlnet.x": torch.arange(4096.0)},
+    "global_step": 3,
+}
 
 
 def write_checkpoint(path: Path, *, age_s: float = 0.0, step: int = 3) -> Path:
@@ -138,6 +145,40 @@ def test_a_deepspeed_checkpoint_is_a_folder_with_a_marker_that_is_written_last(t
     assert read_checkpoint(tmp_path / "last.a") == {}
 
 
+@pytest.mark.parametrize(
+    ("is_folder", "strategy", "got"),
+    [
+        (True, "ddp", "got the DeepSpeed folder"),
+        (True, "auto", "got the DeepSpeed folder"),
+        (False, "deepspeed_stage_2", "got a file, not a DeepSpeed folder"),
+    ],
+)
+def test_a_checkpoint_of_the_other_kind_of_strategy_is_refused(
+    tmp_path, is_folder, strategy, got
+) -> None:
+    path = tmp_path / "last.ckpt"
+    path.mkdir() if is_folder else path.touch()
+    with pytest.raises(ValueError, match=rf"--strategy {strategy} must get .*, {got}.*last\.ckpt"):
+        check_strategy_can_read(path, strategy=strategy)
+    check_strategy_can_read(path, strategy="deepspeed" if is_folder else "ddp")
+
+
+def test_a_moved_checkpoint_is_the_new_runs_own_at_once(tmp_path) -> None:
+    moved = write_checkpoint(tmp_path / "moved.ckpt")
+    adopt_checkpoint(moved, run_dir=tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert last.read_bytes() == moved.read_bytes()
+    assert not last.is_symlink(), "the original may be deleted"
+
+    (tmp_path / "old" / "last.a").mkdir(parents=True)
+    (tmp_path / "old" / "last.a" / "latest").write_text("checkpoint")
+    (tmp_path / "old" / "last.ckpt").symlink_to("last.a")
+    adopt_checkpoint(tmp_path / "old" / "last.ckpt", run_dir=tmp_path / "deepspeed")
+    last = tmp_path / "deepspeed" / "checkpoints" / "last.ckpt"
+    assert last.readlink() == Path("last.a")
+    assert read_checkpoint(last) == {}
+
+
 # ---- reading a checkpoint
 
 
@@ -158,7 +199,14 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path, content) 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, {"x": torch.zeros(1)}, [1, 2], 3])
 def test_other_weights_are_sent_to_their_own_flag(tmp_path, content) -> None:
     torch.save(content, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=r"got other weights\. .*use --controlnet_weights"):
+    with pytest.raises(ValueError, match=r"got other weights \(no .*use --controlnet_weights"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("part", CHECKPOINT_PARTS)
+def test_a_checkpoint_without_what_a_resume_needs_is_refused(tmp_path, part) -> None:
+    torch.save({k: v for k, v in CHECKPOINT.items() if k != part}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=rf"got other weights \(no {part}\)"):
         read_checkpoint(tmp_path / "a.ckpt")
 
 
