@@ -72,7 +72,6 @@ def run(args: argparse.Namespace) -> int:
         check_flags(args)
         jobs = find_jobs(Path(args.input_image), Path(args.input_mask))
         from inpainting.sampling import check_steps
-        from pipeline import quiet_libraries
 
         quiet_libraries()
 

@@ -12,9 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
 from diffusers import ControlNetModel
 
 from inpainting.checkpoints import base_hash, find_record
@@ -91,13 +89,6 @@ def load_pipeline(
         scheduler=make_scheduler(scheduler, networks.noise_scheduler),
     )  # fmt: skip
     return LoadedPipeline(pipeline, networks, (record or networks).image_size)
-
-
-def quiet_libraries() -> None:
-    """Keep remarks on casts and absent optional packages from burying our own lines."""
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def _move(

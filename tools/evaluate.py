@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inpainting.infer_flags import PRECISIONS, PREDICTION_TYPES, SCHEDULERS
+from inpainting.quiet import quiet_libraries
 from inpainting.runs import cache_dir
 
 if TYPE_CHECKING:  # the imports of torch and diffusers take seconds: --help must not
@@ -116,7 +117,6 @@ def evaluate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from inpainting.scoreboard import format_table, score_samples, summarize
-    from pipeline import quiet_libraries
     from tools.evaluation_files import Evaluation, write_sheets
 
     quiet_libraries()
