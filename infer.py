@@ -71,9 +71,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         check_flags(args)
         jobs = find_jobs(Path(args.input_image), Path(args.input_mask))
-        from inpainting.sampling import check_steps
-
         quiet_libraries()
+        from inpainting.sampling import check_steps
 
         check_steps(num_inference_steps=args.num_inference_steps, strength=args.strength)
         # A lone bad mask is told of before loading for minutes.
