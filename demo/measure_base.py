@@ -78,13 +78,12 @@ def caption_share(base: Base, image: Tensor, *, captions: Sequence[str]) -> floa
     timesteps = torch.linspace(*TIMESTEPS, NUM_PAIRS).round().long()
     input_ids = torch.stack([tokenize(base.tokenizer, caption) for caption in captions])
     hidden_states = base.encode_prompt(input_ids)
+    side = image.shape[-1] // base.stride
+    latent_shape = (base.vae.config["latent_channels"], side, side)
     num_better = 0
     for index in range(len(image)):
         rng = generator(UNSEEN_SEED, "pairs", index)
-        shape = (
-            NUM_PAIRS + 1,
-            *base.vae.encode(normalize_image(image[:1])).latent_dist.mean[0].shape,
-        )  # type: ignore[union-attr]
+        shape = (NUM_PAIRS + 1, *latent_shape)
         draws = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
         latents = base.encode_image(normalize_image(image[index][None]), posterior_noise=draws[:1])
         latents, noise = latents.expand(NUM_PAIRS, -1, -1, -1), draws[1:]
