@@ -70,7 +70,14 @@ def _end_at_once_on_a_signal() -> None:
     signal.set_wakeup_fd(write_end)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda *_: None)  # only signals with a handler are written there
-    threading.Thread(target=lambda: os._exit(128 + os.read(read_end, 1)[0]), daemon=True).start()
+    threading.Thread(target=_end_on, args=(read_end,), daemon=True).start()
+
+
+def _end_on(read_end: int) -> None:
+    """Wait for one of the two signals; the loaders' workers send SIGCHLD when they end."""
+    while (signum := os.read(read_end, 1)[0]) not in (signal.SIGINT, signal.SIGTERM):
+        pass
+    os._exit(128 + signum)
 
 
 class UserError(Exception):
