@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from demo.defaults import UNSEEN_SEED
 from demo.scenes import draw_scene
 from inpainting.masks import draw_mask
 from inpainting.randomness import generator
@@ -20,8 +21,6 @@ from inpainting.randomness import generator
 OUTPUT_DIR = Path("outputs") / "demo"
 TRAINING = "--max_steps 100 --learning_rate 1e-4 --num_workers 0 --log_every_n_steps 10"
 SAMPLING = "--num_inference_steps 20 --guidance_scale 3"
-# The demo trains on the scenes of seed 0: those of any other seed it has never seen.
-UNSEEN_SEED = 1
 SCENE_SIZE_PX = 256
 HOLE_AREA_RANGE = (0.15, 0.25)
 

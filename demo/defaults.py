@@ -13,7 +13,7 @@ from demo.scenes import write_scenes
 
 NUM_SCENES = 256
 SCENE_SIZE_PX = 64
-TRAINING_SEED, UNSEEN_SEED = 0, 1
+TRAINING_SEED, UNSEEN_SEED = 0, 1  # of the demo; neither is the base's
 # Part of the folders' names: raise it when the drawings or the base change.
 VERSION = 1
 

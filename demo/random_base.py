@@ -67,7 +67,7 @@ def write_random_base(
             f"image_size must be a multiple of {stride} (the stride), got {image_size}."
         )
     folder = Path(folder)
-    write_byte_tokenizer(folder / "tokenizer")
+    vocabulary_size = write_byte_tokenizer(folder / "tokenizer")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _build_vae(num_blocks=stride.bit_length(), image_size=image_size).save_pretrained(
@@ -76,7 +76,9 @@ def write_random_base(
         _build_unet(in_channels=in_channels, sample_size=image_size // stride).save_pretrained(
             folder / "unet"
         )
-        _build_text_encoder().save_pretrained(folder / "text_encoder")
+        build_text_encoder(
+            vocabulary_size, width=TEXT_WIDTH, mlp_width=2 * TEXT_WIDTH, num_layers=2
+        ).save_pretrained(folder / "text_encoder")
     build_scheduler(prediction_type).save_pretrained(folder / "scheduler")
     write_json(folder / "model_index.json", PIPELINE_INDEX)
     return folder
@@ -189,20 +191,30 @@ def _build_unet(*, in_channels: int, sample_size: int) -> UNet2DConditionModel:
     )
 
 
-def _build_text_encoder() -> CLIPTextModel:
+def build_text_encoder(
+    vocabulary_size: int, *, width: int, mlp_width: int, num_layers: int
+) -> CLIPTextModel:
+    """Build an untrained text encoder of four heads; the last two tokens are CLIP's special ones.
+
+    Args:
+        vocabulary_size: number of tokens, the special ones too.
+        width: of the hidden states, a multiple of 4.
+        mlp_width: of the layer between the two of each perceptron.
+        num_layers: how deep.
+    """
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=514,
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=2 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
-            num_hidden_layers=2,
+            vocab_size=vocabulary_size,
+            hidden_size=width,
+            intermediate_size=mlp_width,
+            projection_dim=width,
+            num_hidden_layers=num_layers,
             num_attention_heads=4,
             max_position_embeddings=MAX_TOKENS,
             hidden_act="quick_gelu",
-            bos_token_id=512,
-            eos_token_id=513,
-            pad_token_id=513,
+            bos_token_id=vocabulary_size - 2,
+            eos_token_id=vocabulary_size - 1,
+            pad_token_id=vocabulary_size - 1,
         )
     )
 

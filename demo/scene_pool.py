@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +36,12 @@ class ScenePool:
         images_path, captions_path = folder / f"{stem}.npy", folder / f"{stem}.json"
         if not captions_path.exists():  # written last: whoever finds it finds the pictures too
             captions: list[Captions] = []
-            scenes = _draw_scenes(num_scenes=num_scenes, size=size, seed=seed, captions=captions)
             with replace_atomically(images_path) as temporary:
                 shape = (num_scenes, size, size, 3)
                 images = np.lib.format.open_memmap(temporary, "w+", dtype=np.uint8, shape=shape)
-                for index, image in enumerate(scenes):
-                    images[index] = image
+                for index in tqdm(range(num_scenes), desc="drawing scenes", leave=False):
+                    images[index], _, plan = draw_scene(index, size=size, seed=seed)
+                    captions.append(write_captions(plan))
                 images.flush()
             write_text_atomically(captions_path, json.dumps(captions))
         self.images: np.ndarray = np.load(images_path, mmap_mode="r")
@@ -50,13 +49,3 @@ class ScenePool:
 
     def __len__(self) -> int:
         return len(self.captions)
-
-
-def _draw_scenes(
-    *, num_scenes: int, size: int, seed: int, captions: list[Captions]
-) -> Iterator[np.ndarray]:
-    """Yield the pictures, (size, size, 3) uint8, and append their captions."""
-    for index in tqdm(range(num_scenes), desc="drawing scenes", leave=False):
-        image, _, plan = draw_scene(index, size=size, seed=seed)
-        captions.append(write_captions(plan))
-        yield image

@@ -28,12 +28,12 @@ from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from demo.random_base import (
-    MAX_TOKENS,
     PIPELINE_INDEX,
     build_scheduler,
+    build_text_encoder,
     learn_merges,
     write_byte_tokenizer,
     write_json,
@@ -81,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             merges=learn_merges(caption for captions in pool.captions for caption in captions),
         )
     if not (base_dir / "vae").exists():
-        train_vae(pool, work_dir=work_dir, num_steps=args.vae_steps, devices=args.accelerator)
+        train_vae(pool, work_dir=work_dir, num_steps=args.vae_steps, accelerator=args.accelerator)
     if not (base_dir / "unet").exists():
-        train_unet(pool, work_dir=work_dir, num_steps=args.unet_steps, devices=args.accelerator)
+        train_unet(pool, work_dir=work_dir, num_steps=args.unet_steps, accelerator=args.accelerator)
     build_scheduler("v_prediction").save_pretrained(base_dir / "scheduler")
     write_json(base_dir / "model_index.json", PIPELINE_INDEX)
     shutil.copytree(base_dir, args.output_dir, dirs_exist_ok=True)
@@ -105,12 +105,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def train_vae(pool: ScenePool, *, work_dir: Path, num_steps: int, devices: str) -> None:
+def train_vae(pool: ScenePool, *, work_dir: Path, num_steps: int, accelerator: str) -> None:
     """Train the VAE, scale its latents to unit variance, and save it."""
     pl.seed_everything(SEED, verbose=False)
     module = VaeTraining(num_steps=num_steps)
     fit(module, data=PictureSet(pool), batch_size=VAE_BATCH, name="vae", work_dir=work_dir,
-        num_steps=num_steps, accelerator=devices)  # fmt: skip
+        num_steps=num_steps, accelerator=accelerator)  # fmt: skip
     vae = module.vae.float().eval()
     mean, deviation = encode(vae, pool.images[: 2**10])
     spread = torch.cat([mean.flatten(), mean.flatten() + deviation.flatten()]).std()
@@ -118,7 +118,7 @@ def train_vae(pool: ScenePool, *, work_dir: Path, num_steps: int, devices: str) 
     save(work_dir / "base" / "vae", vae.half().save_pretrained)
 
 
-def train_unet(pool: ScenePool, *, work_dir: Path, num_steps: int, devices: str) -> None:
+def train_unet(pool: ScenePool, *, work_dir: Path, num_steps: int, accelerator: str) -> None:
     """Train UNet and text encoder on the VAE's latents, and save them."""
     pl.seed_everything(SEED, verbose=False)
     base_dir = work_dir / "base"
@@ -127,7 +127,7 @@ def train_unet(pool: ScenePool, *, work_dir: Path, num_steps: int, devices: str)
     module = DiffusionTraining(vocabulary_size=len(tokenizer), num_steps=num_steps)
     data = LatentSet(pool, vae=vae, tokenizer=tokenizer, cache=work_dir / "latents.pt")
     fit(module, data=data, batch_size=UNET_BATCH, name="unet", work_dir=work_dir,
-        num_steps=num_steps, accelerator=devices,
+        num_steps=num_steps, accelerator=accelerator,
         callbacks=[EMAWeightAveraging(decay=UNET_EMA_DECAY)])  # fmt: skip
     save(base_dir / "text_encoder", module.text_encoder.half().save_pretrained)
     save(base_dir / "unet", module.unet.half().save_pretrained)
@@ -270,7 +270,9 @@ class DiffusionTraining(pl.LightningModule):
     def __init__(self, *, vocabulary_size: int, num_steps: int) -> None:
         super().__init__()
         self.unet = build_unet()
-        self.text_encoder = build_text_encoder(vocabulary_size)
+        self.text_encoder = build_text_encoder(
+            vocabulary_size, width=TEXT_WIDTH, mlp_width=4 * TEXT_WIDTH, num_layers=3
+        )
         self.num_steps = num_steps
         scheduler = DDPMScheduler.from_config(build_scheduler("v_prediction").config)
         self.noise_scheduler = cast(DDPMScheduler, scheduler)
@@ -337,25 +339,6 @@ def build_unet() -> UNet2DConditionModel:
         attention_head_dim=4,
         cross_attention_dim=TEXT_WIDTH,
         norm_num_groups=16,
-    )
-
-
-def build_text_encoder(vocabulary_size: int) -> CLIPTextModel:
-    """Build the untrained text encoder; the last two tokens are CLIP's special ones."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary_size,
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            hidden_act="quick_gelu",
-            bos_token_id=vocabulary_size - 2,
-            eos_token_id=vocabulary_size - 1,
-            pad_token_id=vocabulary_size - 1,
-        )
     )
 
 

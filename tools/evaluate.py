@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from inpainting.benchmark_holes import HOLE_KINDS
 from inpainting.infer_flags import PRECISIONS, PREDICTION_TYPES, SCHEDULERS
 from inpainting.quiet import quiet_libraries
 from inpainting.runs import cache_dir
@@ -31,7 +32,6 @@ if TYPE_CHECKING:  # the imports of torch and diffusers take seconds: --help mus
 logger = logging.getLogger("evaluate")
 
 GREY = 127  # what stands in the hole of a picture that is given away
-HOLE_KINDS = ("thin", "medium", "thick", "object")
 NUM_SHEET_ROWS = 8
 USER_ERRORS = (ValueError, OSError)
 
@@ -127,9 +127,10 @@ def evaluate(args: argparse.Namespace) -> None:
     candidates = make_candidates(args, loaded=loaded, image_size=image_size)
     settings = describe_settings(args, image_size=image_size, loaded=loaded)
     evaluation = Evaluation(args.output_dir, settings=settings)
+    done = {(score.kind, score.image_id) for score in evaluation.scores}
     cases = list_cases(index, args=args)
     for kind, row in tqdm(cases, desc="pictures x holes"):
-        if evaluation.has(kind, image_id=int(index.image_ids[row])):
+        if (kind, int(index.image_ids[row])) in done:
             continue
         case = build_case(index, row=row, kind=kind, image_size=image_size, args=args)
         if case is None:

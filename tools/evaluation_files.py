@@ -83,10 +83,6 @@ class Evaluation:
         write_text_atomically(path, "".join(whole))
         return [Score(**score) for line in whole for score in json.loads(line)]
 
-    def has(self, kind: str, *, image_id: int) -> bool:
-        """Whether a case is done."""
-        return any((s.kind, s.image_id) == (kind, image_id) for s in self.scores)
-
     def add(
         self,
         case: Case,
