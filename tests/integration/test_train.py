@@ -143,13 +143,22 @@ def test_diffusers_reads_final_model_without_a_warning(trained: Result, tmp_path
 def test_tensorboard_shows_curves_and_pictures_at_their_steps(trained: Result) -> None:
     events = read_events(trained.run_dir)
     assert set(events.Tags()["scalars"]) == {
-        "train/loss", "val/loss", "train/lr", "train/grad_norm", "train/samples_per_second"
+        "train/loss", "train/lr", "train/grad_norm", "train/samples_per_second",
+        "val/loss", "val/loss_hole", "val/loss_known", "val/loss_base", "val/control_gain",
+        "val/psnr_hole", "val/loss_t000_250", "val/loss_t500_750",  # two pictures, two bands
     }  # fmt: skip
     for tag in ("train/loss", "train/lr", "train/grad_norm", "train/samples_per_second"):
         curve = read_curve(trained.run_dir, tag)
         assert sorted(curve) == [2, 4, 6, 8, 10], tag
         assert all(math.isfinite(value) and value > 0 for value in curve.values()), curve
-    assert sorted(read_curve(trained.run_dir, "val/loss")) == [5, 10]
+    for tag in events.Tags()["scalars"]:
+        if tag.startswith("val/"):
+            assert sorted(read_curve(trained.run_dir, tag)) == [5, 10], tag
+    base = read_curve(trained.run_dir, "val/loss_base")
+    assert base[5] == base[10], "the frozen base never changes"
+    for step, gain in read_curve(trained.run_dir, "val/control_gain").items():
+        loss = read_curve(trained.run_dir, "val/loss")[step]
+        assert gain == pytest.approx(1 - loss / base[step], abs=1e-6), step
     # Step n takes the rate of n - 1 finished steps: warm-up over 4, then half a cosine over 6.
     rates = [n / 4 for n in range(4)] + [(1 + math.cos(math.pi * n / 6)) / 2 for n in range(6)]
     for step, rate in read_curve(trained.run_dir, "train/lr").items():
