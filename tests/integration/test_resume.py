@@ -175,6 +175,31 @@ def test_ctrl_c_during_validation_stops_at_the_epochs_end(
     assert_same_run(straight, resumed.run_dir)
 
 
+def test_a_ranking_by_the_fills_goes_on_as_if_nothing_had_happened(
+    flags: list[str], tmp_path: Path
+) -> None:
+    ranked = [
+        *flags, "--num_epochs", "3", "--ema_decay", "0.9", "--save_every_n_epochs", "1",
+        "--save_top_k", "2", "--monitor", "val/psnr_hole",
+    ]  # fmt: skip
+    straight = run(ranked, output_dir=tmp_path / "straight")
+    assert straight.code == 0, straight.output
+    killed = run(ranked, output_dir=tmp_path / "killed", deaths=[Death(NAMED, 3)])
+    assert killed.code == -signal.SIGKILL, killed.output
+    resumed = run([*ranked, *RESUME], output_dir=tmp_path / "killed")
+    assert resumed.code == 0, resumed.output
+    assert_same_run(straight.run_dir, resumed.run_dir)
+
+    before = set((resumed.run_dir / "checkpoints").glob("controlnet-*.ckpt"))
+    assert len(before) == 2
+    other = [*ranked, "--num_epochs", "4", "--monitor", "val/loss", *RESUME]
+    again = run(other, output_dir=tmp_path / "killed")
+    assert again.code == 0, again.output
+    after = set((again.run_dir / "checkpoints").glob("controlnet-*.ckpt"))
+    assert before < after, "another ranking must leave the old one's files"
+    assert len(after) == 3
+
+
 def test_a_second_ctrl_c_ends_at_once(flags: list[str], output_dir: Path) -> None:
     deaths = [Death(FORWARD, 4, signum=signal.SIGINT), Death(FORWARD, 5, signum=signal.SIGINT)]
     command = [*flags, "--accumulate_grad_batches", "5"]

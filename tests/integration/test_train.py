@@ -12,6 +12,7 @@ import signal
 import stat
 import time
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -183,6 +184,25 @@ def test_tensorboard_shows_curves_and_pictures_at_their_steps(trained: Result) -
     assert np.array_equal(pictures["val/inpainted"][~hole], pictures["val/original"][~hole])
 
 
+@pytest.mark.parametrize(
+    ("monitor", "best"), [(None, min), ("val/psnr_hole", max), ("val/control_gain", max)]
+)
+def test_the_monitor_ranks_the_checkpoints(
+    monitor: str | None, best: Callable[..., int], flags: list[str], output_dir: Path
+) -> None:
+    result = run(
+        [*flags, "--num_epochs", "3", "--save_every_n_epochs", "1", "--save_top_k", "1",
+         *(["--monitor", monitor] if monitor else [])],
+        output_dir=output_dir,
+    )  # fmt: skip
+    assert result.code == 0, result.output
+    curve = read_curve(result.run_dir, monitor or "val/loss")
+    assert len(set(curve.values())) == 3, curve
+    [kept] = (result.run_dir / "checkpoints").glob("controlnet-*.ckpt")
+    epoch = best(curve, key=curve.__getitem__) // 5 - 1
+    assert re.fullmatch(rf"controlnet-epoch=0{epoch}-train_loss=\d\.\d{{4}}\.ckpt", kept.name)
+
+
 def test_the_bar_and_the_last_lines_read_as_promised(trained: Result) -> None:
     bar = r"Epoch 1: 100%\|█+\| 5/5 \[\d\d:\d\d<00:00, .*loss=\d\.\d{4}, lr=[\d.e-]+, v_num=0\]"
     assert re.search(bar, trained.output), trained.output
@@ -244,6 +264,8 @@ def test_help_answers_at_once_without_torch() -> None:
         (["--devices", "two"], "--devices must be"),
         (["--devices", "0,1"], "--devices must be"),
         (["--early_stopping_patience", "3", "--val_split", "0"], "--early_stopping_patience"),
+        (["--monitor", "val/loss", "--val_split", "0"], "--monitor val/loss needs pictures"),
+        (["--monitor", "train/loss"], "--monitor"),
         (["--ema_decay", "1"], "--ema_decay must be between"),
         (["--seed", "-1"], "--seed must be"),
         (["--resume_from_checkpoint", "last"], "loadable checkpoint"),
@@ -382,7 +404,10 @@ def test_limits_patience_and_no_split_end_a_run_as_asked(flags: list[str], tmp_p
     )  # fmt: skip
     assert limited.code == 0, limited.output
     assert "done: 6 steps" in limited.output
-    assert "val/loss" not in read_events(limited.run_dir).Tags()["scalars"]
+    tags = read_events(limited.run_dir).Tags()["scalars"]
+    assert not [tag for tag in tags if tag.startswith("val/")]
+    run_json = json.loads((limited.run_dir / "run.json").read_text())
+    assert run_json["arguments"]["monitor"] == "train_loss"
     rates = read_curve(limited.run_dir, "train/lr")
     assert rates[6] == pytest.approx(1e-3 / 6, rel=1e-5), "the schedule ends where the run does"
 
