@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from data import CocoInpaintingDataset, Sample
 from inpainting.diffusion import make_conditioning
+from inpainting.metrics import psnr_hole
 from inpainting.sampling import inpaint, make_pipeline, make_scheduler
 from lightning_module import InpaintingControlNet
 
@@ -93,7 +95,7 @@ class AverageWeights(pl.Callback):
 
 
 class Curves(pl.Callback):
-    """Writes train/loss, train/lr, train/grad_norm and train/samples_per_second, and val/loss.
+    """Writes train/loss, train/lr, train/grad_norm and train/samples_per_second, and all of val/.
 
     train/loss is the mean since the last point: a single step's says little, since its timesteps
     decide most of it. The speed leaves out validation and what follows it.
@@ -152,10 +154,11 @@ class Curves(pl.Callback):
         self._stop_clock()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write val/loss."""
+        """Write what this validation found."""
         if not trainer.sanity_checking:
-            loss = float(trainer.callback_metrics["val/loss"])
-            trainer.logger.log_metrics({"val/loss": loss}, trainer.global_step)  # type: ignore[union-attr]
+            metrics = trainer.callback_metrics.items()
+            values = {name: float(value) for name, value in metrics if name.startswith("val/")}
+            trainer.logger.log_metrics(values, trainer.global_step)  # type: ignore[union-attr]
 
     def _stop_clock(self) -> None:
         if self._running_since is not None:
@@ -204,6 +207,9 @@ class ValidationInpaintings(pl.Callback):
     The pipeline borrows the networks that train; nothing is loaded twice. All ranks sample the
     same pictures, because ZeRO-3 gathers parameters within forward, and rank 0 writes them.
 
+    Samples at the validation epoch's end: later no metric may be logged any more, and whatever
+    acts on one (curves, checkpoints) comes later.
+
     Args:
         dataset: the validation split; its first pictures are used.
     """
@@ -211,29 +217,43 @@ class ValidationInpaintings(pl.Callback):
     def __init__(self, dataset: CocoInpaintingDataset) -> None:
         self.dataset = dataset
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write val/original, val/masked and val/inpainted, with the prompt beside them."""
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log val/psnr_hole and write the pictures; NaN and none where the networks overflowed."""
         if trainer.sanity_checking:
             return
         assert isinstance(pl_module, InpaintingControlNet)
-        samples = [self.dataset[0, i] for i in range(min(NUM_PICTURES, len(self.dataset)))]
+        drawn = [self.dataset[0, i] for i in range(min(NUM_PICTURES, len(self.dataset)))]
+        # An unreadable picture's place is taken by its neighbour, which may be there already.
+        samples = list({int(sample["image_id"]): sample for sample in drawn}.values())
+        fills, psnr = [], math.nan
         try:
-            results = [_inpaint(pl_module, sample) for sample in samples]
+            fills = [_inpaint(pl_module, sample) for sample in samples]
+            psnr = sum(map(_psnr_hole, fills, samples)) / len(samples)
         except FloatingPointError as error:  # a picture is no reason to end days of training
             logger.warning("no validation pictures: %s", error)
-            return
-        if not trainer.is_global_zero:
-            return
-        image = torch.stack([sample["image"] for sample in samples])
-        mask = torch.stack([sample["mask"] for sample in samples])
-        _add_images(trainer, "val/original", image)
-        _add_images(trainer, "val/masked", torch.where(mask.bool(), 128, image).to(torch.uint8))
-        inpainted = torch.stack([torch.from_numpy(result) for result in results])
-        _add_images(trainer, "val/inpainted", inpainted.permute(0, 3, 1, 2))
-        trainer.logger.experiment.add_text(  # type: ignore[union-attr]
-            "val/prompts", "\n\n".join(s["prompt"] or "(empty)" for s in samples),
-            trainer.global_step,
-        )  # fmt: skip
+        # The first rank's, since checkpoints may be ranked by it: on GPUs its bits may differ.
+        pl_module.log("val/psnr_hole", trainer.strategy.broadcast(psnr), logger=False)
+        if fills and trainer.is_global_zero:
+            _show_inpaintings(trainer, samples, fills)
+
+
+def _psnr_hole(fill: np.ndarray, sample: Sample) -> float:
+    truth, mask = sample["image"].permute(1, 2, 0).numpy(), sample["mask"][0].numpy()
+    return psnr_hole(fill, truth=truth, mask=mask)
+
+
+def _show_inpaintings(trainer: pl.Trainer, samples: list[Sample], fills: list[np.ndarray]) -> None:
+    """Write val/original, val/masked and val/inpainted, with the prompt beside them."""
+    image = torch.stack([sample["image"] for sample in samples])
+    mask = torch.stack([sample["mask"] for sample in samples])
+    _add_images(trainer, "val/original", image)
+    _add_images(trainer, "val/masked", torch.where(mask.bool(), 128, image).to(torch.uint8))
+    inpainted = torch.stack([torch.from_numpy(fill) for fill in fills])
+    _add_images(trainer, "val/inpainted", inpainted.permute(0, 3, 1, 2))
+    trainer.logger.experiment.add_text(  # type: ignore[union-attr]
+        "val/prompts", "\n\n".join(s["prompt"] or "(empty)" for s in samples),
+        trainer.global_step,
+    )  # fmt: skip
 
 
 def _inpaint(module: InpaintingControlNet, sample: Sample) -> np.ndarray:

@@ -17,6 +17,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DeepSpeedStrategy
 
 from inpainting.atomic import replace_atomically
+from inpainting.preflight import MONITORS
 
 LAST_NAME = "last.ckpt"
 
@@ -54,7 +55,7 @@ class NamedCheckpoint(ModelCheckpoint):
         dirpath: the run's checkpoints folder.
         every_n_epochs: between two of them.
         save_top_k: how many of the best are kept; -1 keeps all.
-        monitor: "val/loss", or "train_loss" without a validation split.
+        monitor: the metric that ranks them, a key of MONITORS.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class NamedCheckpoint(ModelCheckpoint):
             dirpath=dirpath,
             filename="controlnet-{epoch:02d}-{train_loss:.4f}",
             monitor=monitor,
+            mode=MONITORS[monitor],
             save_top_k=save_top_k,
             every_n_epochs=1,
             save_on_train_epoch_end=True,
@@ -88,7 +90,7 @@ class NamedCheckpoint(ModelCheckpoint):
             checkpoint["loops"]["fit_loop"] = self._loops_at_cut
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save where one is due; train_loss and val/loss of this epoch are known by now."""
+        """Save where one is due; all metrics of this epoch are known by now."""
         epoch = trainer.current_epoch
         is_last = epoch + 1 == trainer.max_epochs or trainer.should_stop
         if epoch == 0 or is_last or (epoch + 1) % self.interval == 0:

@@ -22,6 +22,7 @@ from inpainting.diffusion import (
     normalize_image,
     prediction_target,
 )
+from inpainting.validation import losses_by_place, summarize_losses
 from model import Base, predict_noise
 
 # What the frozen networks are kept in: autocast would cast them anew in every step. fp16 overflows
@@ -88,7 +89,8 @@ class InpaintingControlNet(pl.LightningModule):
         self._grad_norm: Tensor | None = None
         self._whole_weights: dict[str, Tensor] | None = None
         self.loss_sums = torch.zeros(4, dtype=torch.float64)
-        self._validation_losses: list[tuple[Tensor, Tensor]] = []
+        self._validation_losses: list[dict[str, Tensor]] = []
+        self._base_losses: dict[int, float] = {}
 
     @property
     def best_controlnet(self) -> ControlNetModel:
@@ -139,9 +141,10 @@ class InpaintingControlNet(pl.LightningModule):
         self.loss_sums += torch.stack([loss.detach(), torch.ones_like(loss)]).repeat(2)
         return loss
 
-    def loss(self, batch: Sample, controlnet: ControlNetModel) -> Tensor:
-        """Compute each sample's noise-prediction error, (B,) float32.
+    def loss(self, batch: Sample, controlnet: ControlNetModel | None) -> Tensor:
+        """Compute each latent cell's noise-prediction error, (B, h, w) float32.
 
+        Without a ControlNet it is the frozen base's.
         Source: Zhang et al. 2023, equation 1; Ho et al. 2020, equation 14.
         """
         base, timesteps, noise = self.base, batch["timestep"], batch["noise"]
@@ -160,9 +163,10 @@ class InpaintingControlNet(pl.LightningModule):
         target = prediction_target(
             base.noise_scheduler, latents=latents, noise=noise, timesteps=timesteps
         )
-        loss = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
+        loss = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=1)
         if self.snr_gamma is not None:
-            loss = loss * min_snr_weights(base.noise_scheduler, timesteps, snr_gamma=self.snr_gamma)
+            weights = min_snr_weights(base.noise_scheduler, timesteps, snr_gamma=self.snr_gamma)
+            loss = loss * weights[:, None, None]
         return loss
 
     def _autocast(self) -> torch.autocast:
@@ -194,22 +198,28 @@ class InpaintingControlNet(pl.LightningModule):
         return cast(Tensor, self.all_gather(tensor))
 
     def validation_step(self, batch: Sample, batch_idx: int) -> None:
-        """Keep each picture's loss; noise, timesteps and holes are fixed for ever."""
-        losses = self.loss(batch, self.best_controlnet)
-        self._validation_losses.append((batch["image_id"], losses))
+        """Keep each picture's losses; noise, timesteps and holes are fixed for ever."""
+        losses = losses_by_place(self.loss(batch, self.best_controlnet), mask=batch["mask"])
+        losses |= {"loss_base": self._base_loss(batch), "timestep": batch["timestep"]}
+        self._validation_losses.append({**losses, "image_id": batch["image_id"]})
+
+    def _base_loss(self, batch: Sample) -> Tensor:
+        """Return each picture's loss without the ControlNet, (B,): it never changes in a run."""
+        ids = batch["image_id"].tolist()
+        if not set(ids) <= self._base_losses.keys():
+            losses = self.loss(batch, None).mean(dim=(1, 2)).tolist()
+            self._base_losses = dict(zip(ids, losses, strict=True)) | self._base_losses
+        return torch.tensor([self._base_losses[image_id] for image_id in ids], device=self.device)
 
     def on_validation_epoch_end(self) -> None:
-        """Log val/loss: the mean over pictures, each counted once, in the order of their ids.
-
-        Ranks are padded with repeated pictures so that all of them run equally many batches.
-        """
-        ids = torch.cat([ids for ids, _ in self._validation_losses])
-        losses = torch.cat([losses for _, losses in self._validation_losses])
-        self._validation_losses.clear()
-        ids, losses = self._gather(ids).flatten().cpu(), self._gather(losses).flatten().cpu()
-        by_id = dict(zip(ids.tolist(), losses.tolist(), strict=True))
-        mean = torch.tensor([by_id[image_id] for image_id in sorted(by_id)]).mean()
-        self.log("val/loss", mean, logger=False)
+        """Log val/loss with its parts and its base, over all ranks' pictures."""
+        parts, self._validation_losses = self._validation_losses, []
+        pictures = {
+            name: self._gather(torch.cat([part[name] for part in parts])).flatten().cpu()
+            for name in parts[0]
+        }
+        num_steps = self.base.noise_scheduler.config["num_train_timesteps"]
+        self.log_dict(summarize_losses(pictures, num_train_timesteps=num_steps), logger=False)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the ControlNet, and diffusers' schedule in optimizer steps."""

@@ -92,7 +92,7 @@ def build_trainer(
             run_dir / "checkpoints",
             every_n_epochs=args.save_every_n_epochs,
             save_top_k=args.save_top_k,
-            monitor="val/loss" if has_validation else "train_loss",
+            monitor=args.monitor,
         ),
         LastCheckpoint(
             run_dir / "checkpoints", every_n_steps=args.save_every_n_steps, stop=stop

@@ -292,7 +292,7 @@ def load_controlnet_weights(
 
 
 def predict_noise(
-    controlnet: ControlNetModel,
+    controlnet: ControlNetModel | None,
     unet: UNet2DConditionModel,
     *,
     noisy_latents: Tensor,
@@ -303,7 +303,7 @@ def predict_noise(
     """Let the ControlNet steer the frozen UNet: its residuals are added to the UNet's own.
 
     Args:
-        controlnet: the trainable copy of the encoder.
+        controlnet: the trainable copy of the encoder; None: the base predicts alone.
         unet: the frozen UNet.
         noisy_latents: (B, C, h, w).
         timesteps: (B,) int64.
@@ -313,9 +313,11 @@ def predict_noise(
     Returns:
         (B, C, h, w): noise or v, as the base predicts.
     """
-    down_block_res_samples, mid_block_res_sample = controlnet(
-        noisy_latents, timesteps, encoder_hidden_states, conditioning, return_dict=False
-    )
+    down_block_res_samples, mid_block_res_sample = None, None
+    if controlnet is not None:
+        down_block_res_samples, mid_block_res_sample = controlnet(
+            noisy_latents, timesteps, encoder_hidden_states, conditioning, return_dict=False
+        )
     return unet(
         noisy_latents,
         timesteps,

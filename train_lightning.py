@@ -112,6 +112,8 @@ def _build(args: argparse.Namespace) -> Run | None:
         args.prediction_type = config.prediction_type
     if args.image_size is None:
         args.image_size = config.image_size
+    if args.monitor is None:
+        args.monitor = "val/loss" if args.val_split > 0 else "train_loss"
     check_image_size(args.image_size, config=config)
     resolve_device(args)
     checkpoint_path = None

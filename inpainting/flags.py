@@ -10,7 +10,7 @@ import shlex
 from typing import NoReturn
 
 from inpainting.masks import parse_mask_types
-from inpainting.preflight import STRATEGIES
+from inpainting.preflight import MONITORS, STRATEGIES
 
 DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 LR_SCHEDULERS = (
@@ -149,6 +149,11 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--save_every_n_epochs", type=int, default=5, help="named checkpoints (default 5)")
     add("--save_every_n_steps", type=int, default=1000, help="last.ckpt (default 1000)")
     add("--save_top_k", type=int, default=3, help="named checkpoints kept; -1: all (default 3)")
+    add(
+        "--monitor",
+        choices=MONITORS,
+        help="what ranks them (default val/loss, or train_loss without a split)",
+    )
     add("--log_every_n_steps", type=int, default=50, help="points in TensorBoard (default 50)")
     add("--log_images_every_n_steps", type=int, default=500, help="pictures; 0: none (default 500)")
     add("--resume_from_checkpoint", help="a .ckpt, or `last`: the newest run's under --output_dir")

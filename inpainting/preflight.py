@@ -17,6 +17,11 @@ DEEPSPEED_STRATEGIES = (
     "deepspeed_stage_3", "deepspeed_stage_3_offload",
 )  # fmt: skip
 STRATEGIES = ("auto", "ddp", *DEEPSPEED_STRATEGIES, "fsdp")
+# What can rank checkpoints, and whether its least or its greatest value is the best.
+MONITORS = {
+    "val/loss": "min", "val/loss_hole": "min", "val/control_gain": "max", "val/psnr_hole": "max",
+    "train_loss": "min",
+}  # fmt: skip
 
 
 def check_flags(args: argparse.Namespace) -> list[str]:
@@ -49,10 +54,8 @@ def check_flags(args: argparse.Namespace) -> list[str]:
             "--controlnet_weights starts a new run and --resume_from_checkpoint goes on with an "
             "old one, got both. Drop one of them."
         )
-    if args.early_stopping_patience and args.val_split == 0:
-        raise ValueError(
-            "--early_stopping_patience watches val/loss, got --val_split 0. Set --val_split 0.05."
-        )
+    if args.val_split == 0:
+        _check_without_validation(args)
     if is_deepspeed and args.accelerator in ("cpu", "mps", "tpu"):
         raise ValueError(
             f"--strategy {args.strategy} needs CUDA, got --accelerator {args.accelerator}. "
@@ -64,6 +67,18 @@ def check_flags(args: argparse.Namespace) -> list[str]:
             "--mask_types object needs instance masks, got no --ann_file. Name the instances json."
         )
     return _warnings(args)
+
+
+def _check_without_validation(args: argparse.Namespace) -> None:
+    if args.early_stopping_patience:
+        raise ValueError(
+            "--early_stopping_patience watches val/loss, got --val_split 0. Set --val_split 0.05."
+        )
+    if args.monitor and args.monitor.startswith("val/"):
+        raise ValueError(
+            f"--monitor {args.monitor} needs pictures that validate, got --val_split 0. "
+            "Set --val_split 0.05, or --monitor train_loss."
+        )
 
 
 def _check_ranges(args: argparse.Namespace) -> None:
@@ -130,6 +145,9 @@ def _warnings(args: argparse.Namespace) -> list[str]:
         )
     if args.base_config and not Path(args.pretrained_model_name_or_path or "").is_file():
         warnings.append("--base_config has no effect: the base is not a single file")
+    if args.monitor and args.save_top_k < 1:
+        kept = "all" if args.save_top_k else "none"
+        warnings.append(f"--monitor has no effect: --save_top_k {args.save_top_k} keeps {kept}")
     if args.overfit_batches and args.limit_train_batches:
         warnings.append("--limit_train_batches limits what --overfit_batches already chose")
     return warnings

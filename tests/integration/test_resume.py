@@ -90,11 +90,12 @@ NAMED = "lightning_checkpoints:NamedCheckpoint.on_train_epoch_end"
 FORWARD = "lightning_module:predict_noise"
 VALIDATION = "lightning_callbacks:Curves.on_validation_start"
 PICTURE = "lightning_callbacks:inpaint"
-# FORWARD: 1 for the sanity check, 10 to train, 2 to validate, 10 to train, 2 to validate.
+# FORWARD: 2 for the sanity check (the base alone, too), 10 to train, 3 to validate (of the base
+# one picture is left), 10 to train, 2 to validate.
 DEATHS = {
     "the first save, before the file has its name": [Death("torch:save", after=True)],
     "a later save, before the file has its name": [Death("torch:save", 2, after=True)],
-    "between the micro-batches of a step": [Death(FORWARD, 7)],
+    "between the micro-batches of a step": [Death(FORWARD, 8)],
     "right after a save inside an epoch": [Death(SAVE, 2, after=True)],
     "after a step, before its save": [Death(SAVE, 3)],
     "an epoch's last step, before validation": [Death(VALIDATION, 2)],
@@ -102,7 +103,7 @@ DEATHS = {
     "after validation, before the named checkpoint": [Death(NAMED)],
     "between the named checkpoint and last.ckpt": [Death(NAMED, after=True)],
     "an epoch's end": [Death(EPOCH_END, after=True)],
-    "the second epoch": [Death(FORWARD, 21)],
+    "the second epoch": [Death(FORWARD, 23)],
     "before the export": [Death(EPOCH_END, 2, after=True)],
 }
 
@@ -127,7 +128,7 @@ def test_a_run_killed_twice_with_workers_resumes_to_the_same_bits(
 ) -> None:
     command = [*flags, *STATEFUL, "--num_workers", "2"]
     for deaths, resume in (
-        ([Death(FORWARD, 6)], []), ([Death(FORWARD, 8)], RESUME), ([Death(NAMED)], RESUME)
+        ([Death(FORWARD, 7)], []), ([Death(FORWARD, 8)], RESUME), ([Death(NAMED)], RESUME)
     ):  # fmt: skip
         killed = run([*command, *resume], output_dir=output_dir, deaths=deaths)
         assert killed.code == -signal.SIGKILL, killed.output
@@ -142,7 +143,7 @@ def test_a_signal_stops_after_the_step_and_the_printed_flag_goes_on(
 ) -> None:
     command = [*flags, *STATEFUL, "--num_workers", "2"]
     # It pauses at the 7th micro-batch: there the signal reaches the whole group, workers included.
-    pause = Death(FORWARD, 8, signum=signal.SIGSTOP)
+    pause = Death(FORWARD, 9, signum=signal.SIGSTOP)
     running = start(command, output_dir=output_dir, deaths=[pause])
     stat = Path(f"/proc/{running.process.pid}/stat")
     running.wait_until(lambda: stat.read_text().rsplit(")", 1)[1].split()[0] == "T")
@@ -174,8 +175,33 @@ def test_ctrl_c_during_validation_stops_at_the_epochs_end(
     assert_same_run(straight, resumed.run_dir)
 
 
+def test_a_ranking_by_the_fills_goes_on_as_if_nothing_had_happened(
+    flags: list[str], tmp_path: Path
+) -> None:
+    ranked = [
+        *flags, "--num_epochs", "3", "--ema_decay", "0.9", "--save_every_n_epochs", "1",
+        "--save_top_k", "2", "--monitor", "val/psnr_hole",
+    ]  # fmt: skip
+    straight = run(ranked, output_dir=tmp_path / "straight")
+    assert straight.code == 0, straight.output
+    killed = run(ranked, output_dir=tmp_path / "killed", deaths=[Death(NAMED, 3)])
+    assert killed.code == -signal.SIGKILL, killed.output
+    resumed = run([*ranked, *RESUME], output_dir=tmp_path / "killed")
+    assert resumed.code == 0, resumed.output
+    assert_same_run(straight.run_dir, resumed.run_dir)
+
+    before = set((resumed.run_dir / "checkpoints").glob("controlnet-*.ckpt"))
+    assert len(before) == 2
+    other = [*ranked, "--num_epochs", "4", "--monitor", "val/loss", *RESUME]
+    again = run(other, output_dir=tmp_path / "killed")
+    assert again.code == 0, again.output
+    after = set((again.run_dir / "checkpoints").glob("controlnet-*.ckpt"))
+    assert before < after, "another ranking must leave the old one's files"
+    assert len(after) == 3
+
+
 def test_a_second_ctrl_c_ends_at_once(flags: list[str], output_dir: Path) -> None:
-    deaths = [Death(FORWARD, 3, signum=signal.SIGINT), Death(FORWARD, 4, signum=signal.SIGINT)]
+    deaths = [Death(FORWARD, 4, signum=signal.SIGINT), Death(FORWARD, 5, signum=signal.SIGINT)]
     command = [*flags, "--accumulate_grad_batches", "5"]
     stopped = run(command, output_dir=output_dir, deaths=deaths)
     assert stopped.code == 130, stopped.output
@@ -201,7 +227,7 @@ def test_max_steps_within_an_epoch_resumes_to_the_same_bits_and_beyond(
     whole = run(command, output_dir=tmp_path / "whole")
     short = [*command, "--max_steps", "7"]
     straight = run(short, output_dir=tmp_path / "straight")
-    killed = run(short, output_dir=tmp_path / "killed", deaths=[Death(FORWARD, 9)])
+    killed = run(short, output_dir=tmp_path / "killed", deaths=[Death(FORWARD, 10)])
     assert (whole.code, straight.code, killed.code) == (0, 0, -9), straight.output
     assert "done: 7 steps" in straight.output
     resumed = run([*short, *RESUME], output_dir=tmp_path / "killed")
@@ -293,7 +319,7 @@ def test_a_moved_checkpoint_goes_on_in_a_new_folder(
 def test_last_passes_over_a_torn_checkpoint(
     straight: Path, flags: list[str], output_dir: Path
 ) -> None:
-    killed = run([*flags, *STATEFUL], output_dir=output_dir, deaths=[Death(FORWARD, 20)])
+    killed = run([*flags, *STATEFUL], output_dir=output_dir, deaths=[Death(FORWARD, 22)])
     last = killed.run_dir / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:100_000])
     resumed = run([*flags, *STATEFUL, *RESUME], output_dir=output_dir)

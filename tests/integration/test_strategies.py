@@ -167,8 +167,12 @@ def test_ddp_ends_like_one_process_with_the_doubled_batch(one_process: Path, ddp
 
 def test_ddp_validates_and_logs_like_one_process(one_process: Path, ddp: Path) -> None:
     curves = [read_curves(run_dir) for run_dir in (one_process, ddp)]
-    for name in ("train/loss", "train/grad_norm", "val/loss"):
+    assert curves[0].keys() == curves[1].keys() > {"val/loss_base", "val/control_gain"}
+    for name in curves[0].keys() - {"train/samples_per_second", "val/psnr_hole"}:
         assert curves[1][name] == pytest.approx(curves[0][name], abs=TOLERANCE), name
+    # In dB, of whole grey levels: the weights' last bits may turn one of them.
+    psnr = [curve["val/psnr_hole"] for curve in curves]
+    assert psnr[1] == pytest.approx(psnr[0], abs=0.05)
 
 
 def read_curves(run_dir: Path) -> dict[str, dict[int, float]]:

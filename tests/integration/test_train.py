@@ -12,6 +12,7 @@ import signal
 import stat
 import time
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -143,13 +144,22 @@ def test_diffusers_reads_final_model_without_a_warning(trained: Result, tmp_path
 def test_tensorboard_shows_curves_and_pictures_at_their_steps(trained: Result) -> None:
     events = read_events(trained.run_dir)
     assert set(events.Tags()["scalars"]) == {
-        "train/loss", "val/loss", "train/lr", "train/grad_norm", "train/samples_per_second"
+        "train/loss", "train/lr", "train/grad_norm", "train/samples_per_second",
+        "val/loss", "val/loss_hole", "val/loss_known", "val/loss_base", "val/control_gain",
+        "val/psnr_hole", "val/loss_t000_250", "val/loss_t500_750",  # two pictures, two bands
     }  # fmt: skip
     for tag in ("train/loss", "train/lr", "train/grad_norm", "train/samples_per_second"):
         curve = read_curve(trained.run_dir, tag)
         assert sorted(curve) == [2, 4, 6, 8, 10], tag
         assert all(math.isfinite(value) and value > 0 for value in curve.values()), curve
-    assert sorted(read_curve(trained.run_dir, "val/loss")) == [5, 10]
+    for tag in events.Tags()["scalars"]:
+        if tag.startswith("val/"):
+            assert sorted(read_curve(trained.run_dir, tag)) == [5, 10], tag
+    base = read_curve(trained.run_dir, "val/loss_base")
+    assert base[5] == base[10], "the frozen base never changes"
+    for step, gain in read_curve(trained.run_dir, "val/control_gain").items():
+        loss = read_curve(trained.run_dir, "val/loss")[step]
+        assert gain == pytest.approx(1 - loss / base[step], abs=1e-6), step
     # Step n takes the rate of n - 1 finished steps: warm-up over 4, then half a cosine over 6.
     rates = [n / 4 for n in range(4)] + [(1 + math.cos(math.pi * n / 6)) / 2 for n in range(6)]
     for step, rate in read_curve(trained.run_dir, "train/lr").items():
@@ -172,6 +182,25 @@ def test_tensorboard_shows_curves_and_pictures_at_their_steps(trained: Result) -
     assert (pictures["train/masked"][~keep] == 128).all()
     hole = (pictures["val/masked"] == 128).all(axis=-1)
     assert np.array_equal(pictures["val/inpainted"][~hole], pictures["val/original"][~hole])
+
+
+@pytest.mark.parametrize(
+    ("monitor", "best"), [(None, min), ("val/psnr_hole", max), ("val/control_gain", max)]
+)
+def test_the_monitor_ranks_the_checkpoints(
+    monitor: str | None, best: Callable[..., int], flags: list[str], output_dir: Path
+) -> None:
+    result = run(
+        [*flags, "--num_epochs", "3", "--save_every_n_epochs", "1", "--save_top_k", "1",
+         *(["--monitor", monitor] if monitor else [])],
+        output_dir=output_dir,
+    )  # fmt: skip
+    assert result.code == 0, result.output
+    curve = read_curve(result.run_dir, monitor or "val/loss")
+    assert len(set(curve.values())) == 3, curve
+    [kept] = (result.run_dir / "checkpoints").glob("controlnet-*.ckpt")
+    epoch = best(curve, key=curve.__getitem__) // 5 - 1
+    assert re.fullmatch(rf"controlnet-epoch=0{epoch}-train_loss=\d\.\d{{4}}\.ckpt", kept.name)
 
 
 def test_the_bar_and_the_last_lines_read_as_promised(trained: Result) -> None:
@@ -235,6 +264,8 @@ def test_help_answers_at_once_without_torch() -> None:
         (["--devices", "two"], "--devices must be"),
         (["--devices", "0,1"], "--devices must be"),
         (["--early_stopping_patience", "3", "--val_split", "0"], "--early_stopping_patience"),
+        (["--monitor", "val/loss", "--val_split", "0"], "--monitor val/loss needs pictures"),
+        (["--monitor", "train/loss"], "--monitor"),
         (["--ema_decay", "1"], "--ema_decay must be between"),
         (["--seed", "-1"], "--seed must be"),
         (["--resume_from_checkpoint", "last"], "loadable checkpoint"),
@@ -402,7 +433,10 @@ def test_limits_patience_and_no_split_end_a_run_as_asked(flags: list[str], tmp_p
     )  # fmt: skip
     assert limited.code == 0, limited.output
     assert "done: 6 steps" in limited.output
-    assert "val/loss" not in read_events(limited.run_dir).Tags()["scalars"]
+    tags = read_events(limited.run_dir).Tags()["scalars"]
+    assert not [tag for tag in tags if tag.startswith("val/")]
+    run_json = json.loads((limited.run_dir / "run.json").read_text())
+    assert run_json["arguments"]["monitor"] == "train_loss"
     rates = read_curve(limited.run_dir, "train/lr")
     assert rates[6] == pytest.approx(1e-3 / 6, rel=1e-5), "the schedule ends where the run does"
 

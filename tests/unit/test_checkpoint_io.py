@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 
 from inpainting.atomic import replace_atomically, write_text_atomically
+from inpainting.preflight import MONITORS
 from lightning_checkpoints import (
     AtomicCheckpointIO,
     LastCheckpoint,
@@ -93,7 +94,8 @@ class Line(pl.LightningModule):
         return (self.weight - batch.mean()).square().mean()
 
     def on_train_epoch_end(self) -> None:
-        self.log("train_loss", torch.tensor(1.0 / (1 + self.current_epoch)))
+        for name in MONITORS:
+            self.log(name, torch.tensor(1.0 / (1 + self.current_epoch)))
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -228,11 +230,17 @@ def test_named_checkpoints_come_every_n_epochs_and_at_the_first_and_last(
     ]
 
 
-def test_the_best_named_checkpoints_are_kept(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("monitor", "best"),
+    [("train_loss", "34"), ("val/loss", "34"), ("val/loss_hole", "34"),
+     ("val/control_gain", "01"), ("val/psnr_hole", "01")],
+)  # fmt: skip
+def test_the_best_named_checkpoints_are_kept(tmp_path, monitor, best) -> None:
+    """Every metric falls here: good for a loss, bad for the gain and the PSNR."""
     named = NamedCheckpoint(
-        tmp_path / "checkpoints", every_n_epochs=1, save_top_k=2, monitor="train_loss"
+        tmp_path / "checkpoints", every_n_epochs=1, save_top_k=2, monitor=monitor
     )
     fit(tmp_path, num_epochs=5, num_batches=2, named=named)
     names = sorted(p.name[:19] for p in (tmp_path / "checkpoints").glob("controlnet-*.ckpt"))
-    assert names == ["controlnet-epoch=03", "controlnet-epoch=04"]
+    assert names == [f"controlnet-epoch=0{epoch}" for epoch in best]
     assert (tmp_path / "checkpoints" / "last.ckpt").is_file()

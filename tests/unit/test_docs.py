@@ -37,7 +37,7 @@ FROZEN_FLAGS = {
         --ema_decay --snr_gamma --empty_prompt_prob --precision --find_lr
         --early_stopping_patience
         --output_dir --accelerator --devices --num_nodes --strategy --seed --deterministic
-        --save_every_n_epochs --save_every_n_steps --save_top_k --log_every_n_steps
+        --save_every_n_epochs --save_every_n_steps --save_top_k --monitor --log_every_n_steps
         --log_images_every_n_steps --resume_from_checkpoint --overfit_batches
         --limit_train_batches --profiler --dry_run
     """,

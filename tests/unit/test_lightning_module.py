@@ -73,13 +73,17 @@ def test_a_step_moves_the_controlnet_and_nothing_of_the_base(base, tmp_path) -> 
 # ---- the loss
 
 
+def picture_losses(module, batch, network) -> torch.Tensor:
+    return module.loss(batch, network).mean(dim=(1, 2))
+
+
 def test_min_snr_scales_each_samples_own_loss(base) -> None:
     batch = tiny.batch(base, batch_size=4)
     batch["timestep"] = torch.tensor([0, 100, 500, 999])
     network = tiny.controlnet(base)
     with torch.no_grad():
-        plain = tiny.module(base, network).loss(batch, network)
-        weighted = tiny.module(base, network, snr_gamma=5.0).loss(batch, network)
+        plain = picture_losses(tiny.module(base, network), batch, network)
+        weighted = picture_losses(tiny.module(base, network, snr_gamma=5.0), batch, network)
     alpha = base.noise_scheduler.alphas_cumprod[batch["timestep"]]
     snr = alpha / (1 - alpha)
     torch.testing.assert_close(weighted, plain * torch.clamp(5 / snr, max=1))
@@ -93,8 +97,8 @@ def test_the_loss_of_a_sample_is_its_own_whatever_stands_beside_it(base) -> None
     network = tiny.controlnet(base, zero_convolutions_at=0.1)
     module = tiny.module(base, network)
     with torch.no_grad():
-        together = module.loss(batch, network)
-        alone = module.loss({n: v[2:] for n, v in batch.items()}, network)  # type: ignore[arg-type]
+        together = picture_losses(module, batch, network)
+        alone = picture_losses(module, {n: v[2:] for n, v in batch.items()}, network)
     torch.testing.assert_close(together[2:], alone, rtol=1e-5, atol=0)
 
 
@@ -190,29 +194,61 @@ def test_the_average_comes_back_from_a_checkpoint(base, tmp_path) -> None:
 # ---- validation
 
 
-def test_val_loss_counts_each_picture_once(base, tmp_path) -> None:
-    module = tiny.module(base, tiny.controlnet(base))
+def validate(module, batches: list, folder: Path) -> dict[str, float]:
+    fit = trainer(folder)
+    fit.validate(module, loader(batches), verbose=False)
+    return {name: float(value) for name, value in fit.callback_metrics.items()}
+
+
+def two_batches(base: Base) -> list:
+    """Four pictures, one in each quarter of the schedule."""
     batches = [tiny.batch(base, seed=seed) for seed in range(2)]
     batches[1]["image_id"] = torch.tensor([2, 3])
+    batches[0]["timestep"], batches[1]["timestep"] = torch.tensor([[100, 300], [600, 900]])
+    return batches
+
+
+def test_val_loss_counts_each_picture_once(base, tmp_path) -> None:
+    module = tiny.module(base, tiny.controlnet(base))
+    batches = two_batches(base)
     with torch.no_grad():
-        losses = torch.cat([module.loss(batch, module.controlnet) for batch in batches])
+        losses = torch.cat([picture_losses(module, b, module.controlnet) for b in batches])
     repeated = [*batches, batches[0], batches[0]]  # as the last rounds wrap around
-    fit = trainer(tmp_path)
-    fit.validate(module, loader(repeated), verbose=False)
-    got = float(fit.callback_metrics["val/loss"])
+    got = validate(module, repeated, tmp_path)["val/loss"]
     assert got == pytest.approx(float(losses.mean()), rel=1e-6)
     assert got != pytest.approx(float(torch.cat([losses, losses[:2], losses[:2]]).mean()), rel=1e-4)
 
 
-def test_val_loss_is_that_of_all_ranks_pictures(base, monkeypatch) -> None:
+def test_val_loss_is_split_by_timestep_and_by_place(base, tmp_path) -> None:
+    module = tiny.module(base, tiny.controlnet(base, zero_convolutions_at=0.1))
+    batches = two_batches(base)
+    got = validate(module, batches, tmp_path)
+    with torch.no_grad():
+        losses = torch.cat([module.loss(batch, module.controlnet) for batch in batches])
+    bands = [got[f"val/loss_t{band}"] for band in ("000_250", "250_500", "500_750", "750_1000")]
+    assert bands == pytest.approx(losses.mean(dim=(1, 2)).tolist(), rel=1e-5)
+    hole = torch.zeros(8, 8, dtype=torch.bool)
+    hole[2:5, 1:6] = True  # tiny.batch's hole in latent cells
+    assert got["val/loss_hole"] == pytest.approx(float(losses[:, hole].mean()), rel=1e-5)
+    assert got["val/loss_known"] == pytest.approx(float(losses[:, ~hole].mean()), rel=1e-5)
+
+
+def test_val_metrics_are_those_of_all_ranks_pictures(base, monkeypatch) -> None:
     module = tiny.module(base, tiny.controlnet(base))
-    logged = {}
-    other = {torch.int64: torch.tensor([1, 0]), torch.float32: torch.tensor([5.0, 2.0])}
-    monkeypatch.setattr(module, "_gather", lambda t: torch.stack([t, other[t.dtype]]))
-    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
-    module._validation_losses = [(torch.tensor([0, 2]), torch.tensor([2.0, 8.0]))]
+    logged: dict[str, float] = {}
+    own = {"image_id": [0, 2], "loss": [2.0, 8.0], "loss_base": [4.0, 8.0]}
+    other = {"image_id": [1, 0], "loss": [5.0, 99.0], "loss_base": [8.0, 99.0]}
+    same = {"timestep": [0, 0], "loss_hole": [1.0, 1.0], "loss_known": [1.0, 1.0],
+            "num_hole_cells": [2.0, 2.0], "num_known_cells": [2.0, 2.0]}  # fmt: skip
+    names = iter([*own, *same])
+    monkeypatch.setattr(
+        module, "_gather", lambda t: torch.stack([t, torch.tensor((other | same)[next(names)])])
+    )
+    monkeypatch.setattr(module, "log_dict", lambda metrics, **_: logged.update(metrics))
+    module._validation_losses = [{n: torch.tensor(v) for n, v in (own | same).items()}]
     module.on_validation_epoch_end()
-    assert float(logged["val/loss"]) == 5.0  # pictures 0, 1, 2: 2, 5, 8
+    assert logged["val/loss"] == 5.0  # pictures 0, 1, 2: 2, 5, 8
+    assert logged["val/control_gain"] == 0.25
     assert module._validation_losses == []
 
 
@@ -223,8 +259,82 @@ def test_validation_looks_at_the_average(base) -> None:
         for parameter in module.controlnet.parameters():
             parameter.add_(1)
         module.validation_step(tiny.batch(base), 0)
-        expected = module.loss(tiny.batch(base), network)
-    assert torch.equal(module._validation_losses[0][1], expected)
+        expected = picture_losses(module, tiny.batch(base), network)
+    assert torch.equal(module._validation_losses[0]["loss"], expected)
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("prediction_type", "snr_gamma"), [("epsilon", None), ("v_prediction", 5.0)]
+)
+def test_a_controlnet_that_starts_at_zero_gains_exactly_nothing(
+    prediction_type, snr_gamma, precision, tmp_path
+) -> None:
+    base = tiny.base(prediction_type=prediction_type)
+    module = tiny.module(base, tiny.controlnet(base), snr_gamma=snr_gamma)
+    module.precision = precision
+    dtype = torch.float32 if precision == "32" else torch.bfloat16
+    base.to(torch.device("cpu"), dtype=dtype, vae_dtype=dtype)
+    got = validate(module, two_batches(base), tmp_path)
+    assert got["val/control_gain"] == 0.0
+    assert got["val/loss"] == got["val/loss_base"] > 0
+
+
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_the_base_loss_is_that_of_the_unet_alone_with_the_same_weights(
+    base, snr_gamma, tmp_path
+) -> None:
+    network = tiny.controlnet(base, zero_convolutions_at=0.1)
+    module = tiny.module(base, network, snr_gamma=snr_gamma)
+    batch = two_batches(base)[0]
+    got = validate(module, [batch], tmp_path)
+    with torch.no_grad():
+        image = batch["image"].float() / 127.5 - 1
+        latents = base.encode_image(image, posterior_noise=batch["posterior_noise"])
+        noisy = base.noise_scheduler.add_noise(latents, batch["noise"], batch["timestep"])
+        hidden = base.encode_prompt(batch["input_ids"])
+        error = base.unet(noisy, batch["timestep"], hidden).sample - batch["noise"]
+        losses = error.square().mean(dim=(1, 2, 3))
+    if snr_gamma:
+        alpha = base.noise_scheduler.alphas_cumprod[batch["timestep"]]
+        losses = losses * torch.clamp(snr_gamma * (1 - alpha) / alpha, max=1)
+    assert got["val/loss_base"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert got["val/loss"] != pytest.approx(got["val/loss_base"], rel=1e-3), (
+        "it would prove nothing"
+    )
+    assert got["val/control_gain"] == pytest.approx(
+        1 - got["val/loss"] / got["val/loss_base"], abs=1e-6
+    )
+
+
+def test_the_base_is_asked_once_per_picture_in_a_run(base, tmp_path, monkeypatch) -> None:
+    module = tiny.module(base, tiny.controlnet(base))
+    asked: list[bool] = []
+    loss = module.loss
+    monkeypatch.setattr(
+        module, "loss", lambda batch, net: (asked.append(net is None), loss(batch, net))[1]
+    )
+    batches = two_batches(base)
+    first = validate(module, [batches[0]], tmp_path)
+    assert asked == [False, True]
+    validate(module, [*batches, batches[0]], tmp_path)
+    assert asked[2:] == [False, False, True, False]
+    again = validate(module, [batches[0]], tmp_path)
+    assert asked[6:] == [False]
+    assert again == first
+
+
+def test_a_pictures_base_loss_stays_what_it_was_at_first(base, monkeypatch) -> None:
+    """Beside another picture, in a padded batch, the last bits may be others."""
+    module = tiny.module(base, tiny.controlnet(base))
+    values = iter([1.0, 2.0])
+    monkeypatch.setattr(module, "loss", lambda *_: torch.full((2, 8, 8), next(values)))
+    batch = tiny.batch(base)
+    found = []
+    for ids in ([0, 1], [3, 0], [1, 3]):
+        batch["image_id"] = torch.tensor(ids)
+        found.append(module._base_loss(batch).tolist())
+    assert found == [[1.0, 1.0], [2.0, 1.0], [1.0, 2.0]]
 
 
 # ---- the optimizer

@@ -98,6 +98,11 @@ def test_the_defaults_pass_without_a_warning() -> None:
             "--early_stopping_patience watches val/loss, got --val_split 0.",
         ),
         (
+            "--monitor val/psnr_hole --val_split 0",
+            "--monitor val/psnr_hole needs pictures that validate, got --val_split 0.",
+        ),
+        ("--monitor val/loss --val_split 0", "Set --val_split 0.05, or --monitor train_loss."),
+        (
             "--strategy deepspeed --accelerator cpu",
             "--strategy deepspeed needs CUDA, got --accelerator cpu. Use --strategy ddp.",
         ),
@@ -121,6 +126,11 @@ def test_what_cant_work_is_refused_in_one_line(arguments, message, tmp_path, mon
         ),
         ("--base_config x/y", "--base_config has no effect: the base is not a single file"),
         (
+            "--monitor val/loss --save_top_k -1",
+            "--monitor has no effect: --save_top_k -1 keeps all",
+        ),
+        ("--monitor val/loss --save_top_k 0", "--monitor has no effect: --save_top_k 0 keeps none"),
+        (
             "--overfit_batches 2 --limit_train_batches 1",
             "--limit_train_batches limits what --overfit_batches already chose",
         ),
@@ -141,6 +151,8 @@ def test_a_flag_without_effect_is_warned_about_once(arguments, warning) -> None:
         "--pretrained_model_name_or_path pyproject.toml --base_config x/y",
         "--val_split 0",
         "--early_stopping_patience 1",
+        "--monitor val/control_gain",
+        "--monitor train_loss --val_split 0",
         "--save_top_k -1 --max_steps 1 --limit_train_batches 0.5",
         "--lr_warmup_steps 10 --lr_scheduler cosine",
         "--gradient_clip_val 0 --adam_weight_decay 0",
@@ -152,7 +164,14 @@ def test_what_can_work_passes_without_a_warning(arguments, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "flag", ["--strategy dp", "--precision 64", "--lr_scheduler step", "--batch 4"]
+    "flag",
+    [
+        "--strategy dp",
+        "--precision 64",
+        "--lr_scheduler step",
+        "--monitor val/loss_t000_250",
+        "--batch 4",
+    ],
 )
 def test_unknown_choices_and_shortened_flags_are_refused(flag, capsys) -> None:
     with pytest.raises(SystemExit) as error:

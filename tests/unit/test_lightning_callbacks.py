@@ -1,0 +1,119 @@
+"""What the callbacks log: the PSNR of the validation's fills, and the validation's curves."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import lightning_callbacks
+from lightning_callbacks import Curves, RunLogger, ValidationInpaintings
+from lightning_module import InpaintingControlNet
+from tests import tiny
+
+DARKER = {0: 10, 1: 20, 2: 40, 3: 80}  # grey levels, by picture
+
+
+@pytest.fixture(scope="module")
+def module() -> InpaintingControlNet:
+    base = tiny.base()
+    return tiny.module(base, tiny.controlnet(base))
+
+
+@pytest.fixture
+def fills(monkeypatch) -> list[int]:
+    """Let the n-th picture be filled with what its hole hides, but DARKER; returns what was."""
+    filled: list[int] = []
+
+    def fill(module, sample) -> np.ndarray:
+        image = sample["image"].permute(1, 2, 0).numpy().astype(np.int64)
+        hole = sample["mask"][0].numpy()[..., None]
+        difference = np.where(image >= 128, -1, 1) * DARKER[len(filled)]
+        filled.append(int(sample["image_id"]))
+        return (image + hole * difference).astype(np.uint8)
+
+    monkeypatch.setattr(lightning_callbacks, "_inpaint", fill)
+    return filled
+
+
+def dataset(*, rows: list[int]):
+    return tiny.dataset(tiny.coco_index(), tiny.rule(), rows=rows, is_training=False)
+
+
+def validate(module, folder: Path, *, val_set, monkeypatch=None, broadcast=None) -> pl.Trainer:
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=RunLogger(folder, name="", version=""),
+        callbacks=[Curves(every_n_steps=1), ValidationInpaintings(val_set)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if broadcast is not None:
+        monkeypatch.setattr(trainer.strategy, "broadcast", broadcast)
+    batches = torch.utils.data.DataLoader([tiny.batch(module.base)], batch_size=None)
+    trainer.validate(module, batches, verbose=False)
+    return trainer
+
+
+def read_events(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder)).Reload()
+
+
+def test_psnr_is_the_mean_over_the_pictures(module, fills, tmp_path) -> None:
+    trainer = validate(module, tmp_path, val_set=dataset(rows=[0, 1, 2, 3, 4]))
+    expected = sum(20 * math.log10(255 / DARKER[i]) for i in range(4)) / 4
+    assert float(trainer.callback_metrics["val/psnr_hole"]) == pytest.approx(expected, abs=1e-4)
+    assert len(fills) == 4
+
+
+def test_a_picture_that_stands_twice_is_filled_once(module, fills, tmp_path) -> None:
+    val_set = dataset(rows=[0, 1, 2])
+    val_set._is_unreadable.add(1)  # its place is taken by the next one
+    trainer = validate(module, tmp_path, val_set=val_set)
+    ids = val_set.index.image_ids
+    assert fills == [ids[0], ids[2]]
+    expected = (20 * math.log10(255 / 10) + 20 * math.log10(255 / 20)) / 2
+    assert float(trainer.callback_metrics["val/psnr_hole"]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_all_ranks_take_the_first_ones_psnr(module, fills, tmp_path, monkeypatch) -> None:
+    trainer = validate(
+        module, tmp_path, val_set=dataset(rows=[0]), monkeypatch=monkeypatch,
+        broadcast=lambda value: 12.5,
+    )  # fmt: skip
+    assert float(trainer.callback_metrics["val/psnr_hole"]) == 12.5
+
+
+def test_an_overflow_shows_no_picture_and_ranks_last(
+    module, fills, tmp_path, monkeypatch, caplog
+) -> None:
+    def overflow(module, sample) -> np.ndarray:
+        raise FloatingPointError("the networks overflowed.")
+
+    monkeypatch.setattr(lightning_callbacks, "_inpaint", overflow)
+    with caplog.at_level(logging.WARNING):
+        trainer = validate(module, tmp_path, val_set=dataset(rows=[0]))
+    assert math.isnan(float(trainer.callback_metrics["val/psnr_hole"]))
+    assert caplog.text.count("no validation pictures: the networks overflowed.") == 1
+    assert read_events(tmp_path).Tags()["images"] == []
+
+
+def test_the_curves_show_everything_that_a_validation_found(module, fills, tmp_path) -> None:
+    trainer = validate(module, tmp_path, val_set=dataset(rows=[0]))
+    events = read_events(tmp_path)
+    shown = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
+    bands = {name for name in shown if name.startswith("val/loss_t")}
+    assert bands
+    assert shown.keys() - bands == {
+        "val/loss", "val/loss_hole", "val/loss_known", "val/loss_base", "val/control_gain",
+        "val/psnr_hole",
+    }  # fmt: skip
+    for name, value in shown.items():
+        assert value == pytest.approx(float(trainer.callback_metrics[name])), name
