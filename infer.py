@@ -9,7 +9,6 @@ Result i is drawn from seed + i, whatever --num_images is.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -28,9 +27,7 @@ from inpainting.runs import cache_dir
 if TYPE_CHECKING:  # the imports of torch and diffusers take seconds: --help must not
     import numpy as np
 
-    from inpainting.record import InpaintingRecord
     from inpainting.sampling import InpaintPipeline
-    from model import Base
 
 logger = logging.getLogger("infer")
 
@@ -58,7 +55,7 @@ def one_line_each() -> Iterator[None]:
     """Let this command and its parts, but no library, speak on stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine())
-    speakers = [logging.getLogger(name) for name in ("infer", "inpainting")]
+    speakers = [logging.getLogger(name) for name in ("infer", "inpainting", "pipeline")]
     for speaker in speakers:
         speaker.addHandler(handler)
     try:
@@ -74,8 +71,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         check_flags(args)
         jobs = find_jobs(Path(args.input_image), Path(args.input_mask))
-        quiet_libraries()
         from inpainting.sampling import check_steps
+
+        quiet_libraries()
 
         check_steps(num_inference_steps=args.num_inference_steps, strength=args.strength)
         # A lone bad mask is told of before loading for minutes.
@@ -137,112 +135,23 @@ def load(args: argparse.Namespace) -> tuple[InpaintPipeline, int]:
     Raises:
         FileNotFoundError, ValueError: names the flag or file to correct.
     """
-    from inpainting.checkpoints import find_record
+    from demo.defaults import prepare_base
     from inpainting.devices import choose_device
-    from inpainting.interop import read_controlnet_weights
-    from inpainting.sampling import make_pipeline, make_scheduler
-    from model import build_controlnet, load_controlnet_weights
+    from pipeline import load_pipeline
 
     device, dtype = choose_device(args.device, precision=args.precision)
-    weights = read_controlnet_weights(args.checkpoint_path)
-    record = find_record(args.checkpoint_path)
-    base = load_matching_base(args, record=record)
-    controlnet = build_controlnet(base.unet, stride=base.stride).requires_grad_(False).eval()
-    load_controlnet_weights(controlnet, weights, source=args.checkpoint_path)
-    # VAE and text encoder stay in float32: fp16 overflows in the first, and the second's dtype is
-    # that of the latents between the steps.
-    base.vae.to(device=device)  # type: ignore[call-arg]
-    base.text_encoder.to(device=device)  # type: ignore[arg-type]
-    base.unet.to(device=device, dtype=dtype)  # type: ignore[call-arg]
-    controlnet.to(device=device, dtype=dtype)  # type: ignore[call-arg]
-    pipeline = make_pipeline(
-        vae=base.vae, unet=base.unet, text_encoder=base.text_encoder, tokenizer=base.tokenizer,
-        controlnet=controlnet, scheduler=make_scheduler(args.scheduler, base.noise_scheduler),
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty())
-    return pipeline, args.image_size or (record or base).image_size
-
-
-def load_matching_base(args: argparse.Namespace, *, record: InpaintingRecord | None) -> Base:
-    """Load the base, and refuse or warn about one that the weights don't belong to."""
-    from inpainting.checkpoints import base_hash
-    from model import load_base
-
-    name, base_config = choose_base(args, record=record)
-    prediction_type = args.prediction_type
-    if prediction_type == "auto" and record is not None:
-        prediction_type = record.prediction_type
-    base = load_base(name, base_config=base_config, prediction_type=prediction_type)
-    check_record(record, base=base)
-    recorded_hash = record.base_unet_sha256 if record else None
-    if recorded_hash is not None and recorded_hash != base_hash(base.unet):
-        logger.warning("%s is not the base that the weights were trained with.", name)
-    return base
-
-
-def choose_base(
-    args: argparse.Namespace, *, record: InpaintingRecord | None
-) -> tuple[str, str | None]:
-    """Return the base to load and its configurations' place: the flags, or what was recorded.
-
-    Raises:
-        ValueError: nothing says which base the weights belong to, or where it is.
-    """
-    if args.pretrained_model_name_or_path:
-        return args.pretrained_model_name_or_path, args.base_config
-    if record is None:
-        raise ValueError(
-            f"{args.checkpoint_path} must come with a record of its base, got none beside it. "
-            "Name the base that it was trained with: --pretrained_model_name_or_path."
-        )
-    if "/" in record.base:  # a hub id: names of folders and files have no slash
-        return record.base, args.base_config
-    # The record travels with the weights and holds no local paths: run.json stays and does.
-    trained_on = read_run_arguments(Path(args.checkpoint_path))
-    name = trained_on.get("pretrained_model_name_or_path")
-    if name and Path(name).exists():
-        return name, args.base_config or trained_on.get("base_config")
-    if record.base == "demo":
-        from demo.defaults import prepare_base
-
-        return str(prepare_base(cache_dir() / "demo")), None
-    raise ValueError(
-        f"the base '{record.base}', which the weights were trained with, must be found, got no "
-        "such folder in run.json. Name it with --pretrained_model_name_or_path."
+    loaded = load_pipeline(
+        args.checkpoint_path,
+        base=args.pretrained_model_name_or_path,
+        base_config=args.base_config,
+        prediction_type=args.prediction_type,
+        scheduler=args.scheduler,
+        device=device,
+        dtype=dtype,
+        demo_base=partial(prepare_base, cache_dir() / "demo"),
     )
-
-
-def read_run_arguments(checkpoint_path: Path) -> dict[str, str]:
-    """Return the flags in run.json of the run that the weights lie in, {} outside a run."""
-    folder = checkpoint_path.resolve()
-    for candidate in (folder, *folder.parents[:2]):
-        path = candidate / "run.json"
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8")).get("arguments", {})
-    return {}
-
-
-def check_record(record: InpaintingRecord | None, *, base: Base) -> None:
-    """Refuse weights that were trained for another geometry or another mark of the hole.
-
-    Raises:
-        ValueError: says what differs.
-    """
-    from inpainting.diffusion import HOLE_VALUE
-
-    if record is None:
-        return
-    if record.vae_stride != base.stride:
-        raise ValueError(
-            f"the base's VAE must have the stride {record.vae_stride} of the weights' own base "
-            f"({record.base}), got {base.stride}. Name that one: --pretrained_model_name_or_path."
-        )
-    if record.hole_value != HOLE_VALUE or record.image_range != (0.0, 1.0):
-        raise ValueError(
-            f"the weights must have learnt holes as {HOLE_VALUE:g} beside pixels in [0, 1], got "
-            f"{record.hole_value:g} beside {list(record.image_range)}. Use a ControlNet of this "
-            "trainer."
-        )
+    loaded.pipeline.set_progress_bar_config(disable=not sys.stderr.isatty())
+    return loaded.pipeline, args.image_size or loaded.image_size
 
 
 def fill(
@@ -251,6 +160,7 @@ def fill(
     """Return the results, (H, W, 3) uint8 each; result i is a function of seed + i."""
     from inpainting.sampling import inpaint
 
+    # One call each: as a batch, a result would depend on how many are asked for.
     return [
         inpaint(
             pipeline,
@@ -258,7 +168,7 @@ def fill(
             mask=picture.mask,
             prompt=args.prompt,
             negative_prompt=args.negative_prompt,
-            seed=args.seed + i,
+            seeds=[args.seed + i],
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             conditioning_scale=args.conditioning_scale,
@@ -266,7 +176,7 @@ def fill(
             image_size=image_size,
             crop_to_mask=args.crop_to_mask,
             mask_blur=args.mask_blur,
-        )
+        )[0]
         for i in range(args.num_images)
     ]
 

@@ -247,13 +247,13 @@ def _inpaint(module: InpaintingControlNet, sample: Sample) -> np.ndarray:
         controlnet=module.best_controlnet,
         scheduler=make_scheduler("unipc", base.noise_scheduler),
     )
-    return inpaint(
+    (result,) = inpaint(
         pipeline,
         image=sample["image"].permute(1, 2, 0).numpy(),
         mask=sample["mask"][0].numpy(),
         prompt=sample["prompt"],
         negative_prompt="",
-        seed=int(sample["image_id"]) % 2**31,
+        seeds=[int(sample["image_id"]) % 2**31],
         num_inference_steps=NUM_SAMPLING_STEPS,
         guidance_scale=GUIDANCE_SCALE,
         conditioning_scale=1.0,
@@ -262,3 +262,4 @@ def _inpaint(module: InpaintingControlNet, sample: Sample) -> np.ndarray:
         crop_to_mask=False,
         mask_blur=0,
     )
+    return result

@@ -126,16 +126,16 @@ def _name_the_data(args: argparse.Namespace) -> None:
     """Without --image_dir: the demo's scenes, and, unless one is named, the demo's base."""
     args.uses_demo_base = False
     if args.image_dir is None:
-        from demo.defaults import prepare_demo
+        from demo.defaults import prepare_base, prepare_scenes
 
         logger.info("no --image_dir: training on the demo's drawn scenes")
-        demo = prepare_demo(cache_dir() / "demo")
+        scenes = prepare_scenes(cache_dir() / "demo")
         args.image_dir, args.ann_file, args.caption_file = map(
-            str, (demo.image_dir, demo.ann_file, demo.caption_file)
+            str, (scenes.image_dir, scenes.ann_file, scenes.caption_file)
         )
         if args.pretrained_model_name_or_path is None:
             logger.info("no --pretrained_model_name_or_path: with the demo's small base")
-            args.pretrained_model_name_or_path = str(demo.base_dir)
+            args.pretrained_model_name_or_path = str(prepare_base(cache_dir() / "demo"))
             args.uses_demo_base = True
     if args.pretrained_model_name_or_path is None:
         args.pretrained_model_name_or_path = DEFAULT_BASE

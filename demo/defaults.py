@@ -12,37 +12,42 @@ from demo.random_base import write_random_base
 from demo.scenes import write_scenes
 
 NUM_SCENES = 256
-SCENE_SIZE_PX = 96
+SCENE_SIZE_PX = 64
+TRAINING_SEED, UNSEEN_SEED = 0, 1
 # Part of the folders' names: raise it when the drawings or the base change.
 VERSION = 1
 
 
 @dataclass(frozen=True)
-class Demo:
-    """Where the demo's data and base lie."""
+class Scenes:
+    """Where drawn scenes lie, in COCO's layout."""
 
     image_dir: Path
     ann_file: Path
     caption_file: Path
-    base_dir: Path
 
 
-def prepare_demo(folder: Path) -> Demo:
-    """Draw the scenes and write the base, once, into a cache folder.
+def prepare_scenes(folder: Path) -> Scenes:
+    """Draw the scenes that the demo trains on, once, into a cache folder.
 
     Args:
         folder: the cache; everything in it can be made again.
     """
+    return _prepare_scenes(folder, num_scenes=NUM_SCENES, seed=TRAINING_SEED)
+
+
+def prepare_unseen_scenes(folder: Path, *, num_scenes: int) -> Scenes:
+    """Draw scenes that neither base nor demo trains on, once, into a cache folder."""
+    return _prepare_scenes(folder, num_scenes=num_scenes, seed=UNSEEN_SEED)
+
+
+def _prepare_scenes(folder: Path, *, num_scenes: int, seed: int) -> Scenes:
     scenes = _make_once(
-        folder / f"scenes-{VERSION}-{NUM_SCENES}x{SCENE_SIZE_PX}px",
-        make=lambda path: write_scenes(path, num_scenes=NUM_SCENES, size=SCENE_SIZE_PX, seed=0),
+        folder / f"scenes-{VERSION}-{num_scenes}x{SCENE_SIZE_PX}px-seed{seed}",
+        make=lambda path: write_scenes(path, num_scenes=num_scenes, size=SCENE_SIZE_PX, seed=seed),
     )
-    return Demo(
-        image_dir=scenes / "images",
-        ann_file=scenes / "annotations" / "instances.json",
-        caption_file=scenes / "annotations" / "captions.json",
-        base_dir=prepare_base(folder),
-    )
+    annotations = scenes / "annotations"
+    return Scenes(scenes / "images", annotations / "instances.json", annotations / "captions.json")
 
 
 def prepare_base(folder: Path) -> Path:

@@ -7,14 +7,17 @@ on SD 1.5 runs on this, offline and fast. It has learnt nothing: its pictures ar
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel
 
 BOS_TOKEN, EOS_TOKEN = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+NUM_MERGES = 1500
 MAX_TOKENS = 77
 TEXT_WIDTH = 32
 # (library, class) of each part, as diffusers' model_index.json wants them.
@@ -74,30 +77,39 @@ def write_random_base(
             folder / "unet"
         )
         _build_text_encoder().save_pretrained(folder / "text_encoder")
-    _build_scheduler(prediction_type).save_pretrained(folder / "scheduler")
-    _write_json(folder / "model_index.json", PIPELINE_INDEX)
+    build_scheduler(prediction_type).save_pretrained(folder / "scheduler")
+    write_json(folder / "model_index.json", PIPELINE_INDEX)
     return folder
 
 
-def write_byte_tokenizer(folder: Path) -> None:
-    """Write CLIP's tokenizer with a vocabulary of bytes alone: 2 x 256 tokens, 2 special ones.
+def write_byte_tokenizer(folder: Path, *, merges: Sequence[tuple[str, str]] = ()) -> int:
+    """Write CLIP's tokenizer with a small vocabulary: 2 x 256 bytes, the merges, 2 special tokens.
 
-    Each byte comes twice, as CLIP has it: within a word, and at a word's end ("</w>"). Without
-    merges every text is spelt out, so a prompt longer than 75 letters is cut.
+    Each byte comes twice, as CLIP has it: within a word, and at a word's end ("</w>").
+
+    Args:
+        folder: where to; made when missing.
+        merges: pairs of tokens that become one, the most frequent first. Without any every text is
+            spelt out, so a prompt longer than 75 letters is cut.
+
+    Returns:
+        The number of tokens.
     """
     folder.mkdir(parents=True, exist_ok=True)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), BOS_TOKEN, EOS_TOKEN]
-    _write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    tokens = [*letters, *(letter + WORD_END for letter in letters)]
+    tokens += [*(first + second for first, second in merges), BOS_TOKEN, EOS_TOKEN]
+    write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special_tokens = {
         "bos_token": BOS_TOKEN,
         "eos_token": EOS_TOKEN,
         "pad_token": EOS_TOKEN,
         "unk_token": EOS_TOKEN,
     }
-    _write_json(folder / "special_tokens_map.json", special_tokens)
-    _write_json(
+    write_json(folder / "special_tokens_map.json", special_tokens)
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "CLIPTokenizer",
@@ -106,10 +118,34 @@ def write_byte_tokenizer(folder: Path) -> None:
             **special_tokens,
         },
     )
+    return len(tokens)
 
 
-def _build_scheduler(prediction_type: str) -> PNDMScheduler:
-    """Stable Diffusion 1.5's own schedule."""
+def learn_merges(texts: Iterable[str], *, num_merges: int = NUM_MERGES) -> list[tuple[str, str]]:
+    """Learn which pairs of tokens texts join most often, by CLIP's rules.
+
+    Args:
+        texts: what to learn from.
+        num_merges: at most so many; few different words make fewer.
+    """
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
+    tokenizer.normalizer = normalizers.Lowercase()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(),
+         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=num_merges + 2 * len(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        end_of_word_suffix=WORD_END,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def build_scheduler(prediction_type: str) -> PNDMScheduler:
+    """Build Stable Diffusion 1.5's own schedule."""
     return PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -171,5 +207,6 @@ def _build_text_encoder() -> CLIPTextModel:
     )
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
+    """Write one of a base's configuration files."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

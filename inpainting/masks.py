@@ -168,6 +168,21 @@ def dilate(mask: np.ndarray, *, radius: int) -> np.ndarray:
     return grown
 
 
+def paint_stroke(draw: ImageDraw.ImageDraw, points: np.ndarray, *, width: float) -> None:
+    """Paint a stroke (value 1) with round joints and ends.
+
+    Args:
+        draw: onto what; what falls outside is left away.
+        points: (N, 2) float (x, y) in pixels.
+        width: in pixels; a stroke is never thinner than one.
+    """
+    corners = [(float(x), float(y)) for x, y in points]
+    draw.line(corners, fill=1, width=max(round(width), 1))
+    radius = width / 2
+    for x, y in corners:
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=1)
+
+
 def _choose(rng: np.random.Generator, mask_types: Mapping[str, float]) -> str:
     """Draw a type in proportion to its weight."""
     names = list(mask_types)
@@ -225,7 +240,7 @@ def _draw_strokes(rng: np.random.Generator, *, size: int, bounds: tuple[int, int
         if missing < width**2 and target - missing >= bounds[0]:
             break  # a stroke cut so short would be a speck
         points = _draw_path(rng, size=size, max_length=max_length * scale)
-        _paint(draw, points, width=width)
+        paint_stroke(draw, points, width=width)
         painted = np.array(canvas).view(np.bool_)
         if np.count_nonzero(painted) <= bounds[1]:
             mask = painted
@@ -250,15 +265,6 @@ def _draw_path(rng: np.random.Generator, *, size: int, max_length: float) -> np.
     return points
 
 
-def _paint(draw: ImageDraw.ImageDraw, points: np.ndarray, *, width: float) -> None:
-    """Paint a stroke (value 1) with round joints and ends."""
-    corners = [(float(x), float(y)) for x, y in points]
-    draw.line(corners, fill=1, width=max(round(width), 1))
-    radius = width / 2
-    for x, y in corners:
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=1)
-
-
 def _add_stroke(mask: np.ndarray, points: np.ndarray, *, width: float, target: int) -> None:
     """Add in place as much of a stroke, from its beginning, as the mask lacks to its target."""
     size = len(mask)
@@ -270,7 +276,7 @@ def _add_stroke(mask: np.ndarray, points: np.ndarray, *, width: float, target: i
         if left == right or top == bottom:
             continue  # outside the picture
         canvas = Image.new("L", (right - left, bottom - top))
-        _paint(ImageDraw.Draw(canvas), np.stack([start, end]) - (left, top), width=width)
+        paint_stroke(ImageDraw.Draw(canvas), np.stack([start, end]) - (left, top), width=width)
         x, y = np.arange(left, right) - start[0], np.arange(top, bottom) - start[1]
         room -= _add(
             mask[top:bottom, left:right],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,13 +56,15 @@ MIN_CONTEXT_PX = 32
 class InpaintPipeline(StableDiffusionControlNetInpaintPipeline):
     """diffusers' pipeline with the VAE run in its own dtype, out of autocast.
 
-    fp16 autocast makes Stable Diffusion's VAE overflow to NaN.
+    fp16 autocast makes Stable Diffusion's VAE overflow to NaN. And each sample draws the picture's
+    latents from its own generator, where diffusers lets all of them share the first one's draw.
     """
 
-    def _encode_vae_image(self, image: Tensor, generator: torch.Generator) -> Tensor:
+    def _encode_vae_image(self, image: Tensor, generator: list[torch.Generator]) -> Tensor:  # type: ignore[override]
         with torch.autocast(image.device.type, enabled=False):
-            latents = super()._encode_vae_image(image.to(self.vae.dtype), generator)
-        return latents.to(image.dtype)
+            posterior = self.vae.encode(image.to(self.vae.dtype)).latent_dist  # type: ignore[union-attr]
+        latents = torch.cat([posterior.sample(one) for one in generator])
+        return (latents * self.vae.config["scaling_factor"]).to(image.dtype)
 
 
 def make_scheduler(
@@ -145,7 +148,7 @@ def inpaint(
     mask: np.ndarray,
     prompt: str,
     negative_prompt: str,
-    seed: int,
+    seeds: Sequence[int],
     num_inference_steps: int,
     guidance_scale: float,
     conditioning_scale: float,
@@ -153,11 +156,12 @@ def inpaint(
     image_size: int,
     crop_to_mask: bool,
     mask_blur: int,
-) -> np.ndarray:
-    """Fill the hole of one picture.
+) -> list[np.ndarray]:
+    """Fill the hole of one picture, once for each seed, as one batch.
 
-    At strength 1 the result is a function of the known pixels alone. The random numbers are drawn
-    on the CPU, so that a seed means the same on every device.
+    At strength 1 the results are a function of the known pixels alone. The random numbers are drawn
+    on the CPU, so that a seed means the same on every device. A result's last bits depend on how
+    many are drawn together, as every batched kernel's do.
 
     Args:
         pipeline: from `make_pipeline`.
@@ -165,17 +169,17 @@ def inpaint(
         mask: (H, W) uint8, 1 = hole to fill.
         prompt: what to fill it with.
         negative_prompt: what not; without effect at guidance_scale <= 1.
-        seed: >= 0; equal arguments and seed give equal bits.
+        seeds: one for each result, >= 0; equal arguments and seeds give equal bits.
         num_inference_steps: steps at strength 1.
         guidance_scale: classifier-free guidance; <= 1 turns it off.
-        conditioning_scale: weight of the ControlNet's residuals.
+        conditioning_scale: weight of the ControlNet's residuals; 0 leaves the base alone.
         strength: in (0, 1]; below 1 the picture under the hole is started from.
         image_size: working pixels of the crop's short side.
         crop_to_mask: work on the hole and its surroundings instead of the whole picture.
         mask_blur: source pixels outside the hole over which the fill fades out, >= 0.
 
     Returns:
-        (H, W, 3) uint8: bit-identical to the image further than mask_blur from the hole.
+        (H, W, 3) uint8 each: bit-identical to the image further than mask_blur from the hole.
 
     Raises:
         FloatingPointError: the networks overflowed in their dtype.
@@ -191,6 +195,7 @@ def inpaint(
     start = fill_hole(crop, mask=crop_mask) if strength == 1.0 else crop
     pixels = torch.from_numpy(to_working(start, area=area)).permute(2, 0, 1)[None]
     hole = torch.from_numpy(mask_to_working(crop_mask, area=area))[None, None]
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     with _reconcile_dtypes(pipeline):
         latents = pipeline(
             prompt=prompt,
@@ -202,14 +207,16 @@ def inpaint(
             guidance_scale=guidance_scale,
             controlnet_conditioning_scale=float(conditioning_scale),
             strength=strength,
-            generator=torch.Generator("cpu").manual_seed(seed),
+            num_images_per_prompt=len(seeds),
+            generator=generators,
             output_type="latent",
         ).images  # type: ignore[union-attr]
-    fill = from_working(decode(pipeline.vae, latents), area=area)  # type: ignore[arg-type]
-    result = image.copy()
     fade = fade_mask(mask, width_px=mask_blur)[area.rows, area.columns]
-    result[area.rows, area.columns] = blend(crop, fill=fill, weight=fade)
-    return result
+    results = [image.copy() for _ in seeds]
+    for result, sample in zip(results, latents, strict=True):
+        fill = from_working(decode(pipeline.vae, sample[None]), area=area)  # type: ignore[index]
+        result[area.rows, area.columns] = blend(crop, fill=fill, weight=fade)
+    return results
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> np.ndarray:

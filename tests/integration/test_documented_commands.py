@@ -54,6 +54,7 @@ SUBSTITUTIONS = {
     "--num_inference_steps 50": "--num_inference_steps 4",
     "--num_inference_steps 20": "--num_inference_steps 4",
     "--devices 4": "--devices 2",
+    "--num_pictures 64": "--num_pictures 1",
 }
 NODE_SUBSTITUTIONS = {
     "--nproc_per_node 4": "--nproc_per_node 1",
@@ -89,6 +90,7 @@ COMMANDS = documented_commands()
 TRAINING = [command for command in COMMANDS if command.startswith("python train_lightning.py")]
 FILLING = [command for command in COMMANDS if command.startswith("python infer.py")]
 EXPORTING = [command for command in COMMANDS if command.startswith("python -m tools.export")]
+EVALUATING = [command for command in COMMANDS if command.startswith("python -m tools.evaluate")]
 MULTI_NODE = [command for command in COMMANDS if command.startswith("torchrun")]
 WATCHING = [command for command in COMMANDS if command.startswith("tensorboard")]
 
@@ -236,7 +238,16 @@ def environment(place: Place) -> dict[str, str]:
 
 
 def test_every_command_is_of_a_kind_that_is_tested() -> None:
-    tested = {*TRAINING, *FILLING, *EXPORTING, *MULTI_NODE, *WATCHING, *INSTALLS, *MAKES}
+    tested = {
+        *TRAINING,
+        *FILLING,
+        *EXPORTING,
+        *EVALUATING,
+        *MULTI_NODE,
+        *WATCHING,
+        *INSTALLS,
+        *MAKES,
+    }
     assert set(COMMANDS) == tested, f"untested: {set(COMMANDS) ^ tested}"
 
 
@@ -299,6 +310,15 @@ def test_exporting_command(command: str, place: Place) -> None:
     assert code == 0, output
     written = place.folder / output.splitlines()[-1].removeprefix("wrote ")
     assert written.exists(), output
+
+
+@pytest.mark.parametrize("command", EVALUATING)
+def test_evaluating_command(command: str, place: Place) -> None:
+    code, output = run(command, place)
+    assert code == 0, output
+    table = (place.folder / "outputs" / "evaluation" / "results.md").read_text("utf-8")
+    assert "base alone" in table
+    assert table.split("\n\n")[1] in output
 
 
 @pytest.mark.parametrize("command", MULTI_NODE)

@@ -10,7 +10,7 @@ import pytest
 
 import infer
 from inpainting import flags
-from tools import export
+from tools import evaluate, export
 
 ROOT = Path(__file__).parents[2]
 GUIDES = (ROOT / "LIGHTNING_GUIDE.md", ROOT / "docs" / "LIGHTNING_GUIDE.zh-CN.md")
@@ -24,6 +24,7 @@ PARSERS = {
     "13": flags.build_parser(),
     "14": infer.build_parser(),
     "15": export.build_parser(),
+    "16": evaluate.build_parser(),
 }
 # Users keep these in scripts and argument files: renaming or dropping one is a decision.
 FROZEN_FLAGS = {
@@ -48,6 +49,12 @@ FROZEN_FLAGS = {
         --precision
     """,
     "15": "--format --dtype --output_dir",
+    "16": """
+        --checkpoint_path --compare_with --pretrained_model_name_or_path --base_config
+        --prediction_type --image_dir --ann_file --caption_file --num_pictures --hole_kinds
+        --image_size --num_samples --scheduler --num_inference_steps --guidance_scale
+        --empty_prompt --seed --device --precision --perceptual --output_dir
+    """,
 }
 # Flags of other programs that the guides type: tensorboard and torchrun.
 FOREIGN_FLAGS = {
@@ -98,7 +105,7 @@ def shown_default(action: argparse.Action) -> str:
         return "none"
     if action.default == "":
         return '""'
-    if isinstance(action.default, tuple):
+    if isinstance(action.default, tuple | list):
         return " ".join(str(value) for value in action.default)
     return str(action.default)
 

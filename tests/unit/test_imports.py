@@ -31,18 +31,19 @@ ALLOWED: dict[str, set[str]] = {
     "lightning_trainer": _PARTS | _MEETING | {"lightning_callbacks", "lightning_checkpoints"},
     "lightning_run": _PARTS | _MEETING | {"lightning_trainer"},
     "train_lightning": _PARTS | {"data", "model", "demo"} | _LIGHTNING,
-    "infer": _PARTS | {"model", "demo"},
-    "tools": _PARTS | {"data", "model", "demo"} | _LIGHTNING,
-    "demo": _PARTS | {"data", "model"} | _LIGHTNING,
-    "benchmarks": _PARTS | {"data", "model", "demo"} | _LIGHTNING,
+    "pipeline": _PARTS | {"model"},
+    "infer": _PARTS | {"model", "pipeline", "demo"},
+    "tools": _PARTS | {"data", "model", "pipeline", "demo"} | _LIGHTNING,
+    "demo": _PARTS | {"data", "model", "pipeline"} | _LIGHTNING,
+    "benchmarks": _PARTS | {"data", "model", "pipeline", "demo"} | _LIGHTNING,
 }
 # All that a command may ask of the demo: the data and base of somebody who names none.
 COMMANDS = ("train_lightning", "infer")
 DEMO_DOOR = "demo.defaults"
-USES_LIGHTNING = {*_LIGHTNING, "train_lightning"}
+USES_LIGHTNING = {*_LIGHTNING, "train_lightning", "demo.train_base"}
 
 # Distributions whose import name is another one.
-DISTRIBUTIONS = {"PIL": "pillow"}
+DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless"}
 
 
 def sources() -> list[Path]:

@@ -7,12 +7,14 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 from inpainting.masks import (
     MASK_TYPES,
     check_area_range,
     dilate,
     draw_mask,
+    paint_stroke,
     parse_mask_types,
 )
 
@@ -201,6 +203,15 @@ def test_without_a_suitable_object_another_type_is_drawn(objects: list[np.ndarra
         object_masks=objects,
     )
     assert 0.1 <= alone.mean() <= 0.3
+
+
+@pytest.mark.parametrize("width", [0.1, 1.0, 1.4, 7.0])
+def test_a_stroke_has_no_gaps_and_at_least_one_pixel_of_width(width: float) -> None:
+    canvas = Image.new("L", (64, 64))
+    points = np.array([[5.2, 3.7], [20.9, 30.1], [9.5, 60.3]])
+    paint_stroke(ImageDraw.Draw(canvas), points, width=width)
+    widths = np.asarray(canvas)[4:60].sum(axis=1)
+    assert widths.min() >= max(round(width), 1), widths
 
 
 @pytest.mark.parametrize("radius", [0, 1, 2, 5, 9, 40])

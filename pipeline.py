@@ -1,0 +1,164 @@
+"""From weights in any form to a pipeline that fills holes, with the base that they belong to.
+
+What infer.py and the tools share. The weights' record says how they were trained; where it names no
+place, the flags must.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import ControlNetModel
+
+from inpainting.checkpoints import base_hash, find_record
+from inpainting.diffusion import HOLE_VALUE
+from inpainting.interop import read_controlnet_weights
+from inpainting.record import InpaintingRecord
+from inpainting.sampling import InpaintPipeline, make_pipeline, make_scheduler
+from model import Base, build_controlnet, load_base, load_controlnet_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedPipeline:
+    """A pipeline that is ready to fill holes.
+
+    Attributes:
+        pipeline: base and ControlNet on their device.
+        base: the frozen networks in it.
+        image_size: the working size that was recorded, or the base's own, in pixels.
+    """
+
+    pipeline: InpaintPipeline
+    base: Base
+    image_size: int
+
+
+def load_pipeline(
+    checkpoint_path: str,
+    *,
+    base: str | None,
+    base_config: str | None,
+    prediction_type: str,
+    scheduler: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    demo_base: Callable[[], Path],
+) -> LoadedPipeline:
+    """Load a ControlNet and its base.
+
+    Args:
+        checkpoint_path: controlnet.pth, final_model folder, Lightning .ckpt or single file.
+        base: hub id, folder or file; None for the one that the weights record.
+        base_config: folder or hub id of a single file's configurations.
+        prediction_type: "auto" (what was recorded, or the scheduler's own), "epsilon" or
+            "v_prediction".
+        scheduler: a key of `inpainting.sampling.SCHEDULERS`.
+        device: where to.
+        dtype: of UNet and ControlNet.
+        demo_base: finds the demo's base where that is what was trained on.
+
+    Raises:
+        FileNotFoundError, ValueError: names the flag or file to correct.
+    """
+    weights = read_controlnet_weights(checkpoint_path)
+    record = find_record(checkpoint_path)
+    if base is None:
+        base, recorded_config = find_base(checkpoint_path, record=record, demo_base=demo_base)
+        base_config = base_config or recorded_config
+    if prediction_type == "auto" and record is not None:
+        prediction_type = record.prediction_type
+    networks = load_base(base, base_config=base_config, prediction_type=prediction_type)
+    check_record(record, base=networks)
+    recorded_hash = record.base_unet_sha256 if record else None
+    if recorded_hash is not None and recorded_hash != base_hash(networks.unet):
+        logger.warning("%s is not the base that the weights were trained with.", base)
+    controlnet = build_controlnet(networks.unet, stride=networks.stride)
+    controlnet.requires_grad_(False).eval()
+    load_controlnet_weights(controlnet, weights, source=checkpoint_path)
+    _move(networks, controlnet, device=device, dtype=dtype)
+    pipeline = make_pipeline(
+        vae=networks.vae, unet=networks.unet, text_encoder=networks.text_encoder,
+        tokenizer=networks.tokenizer, controlnet=controlnet,
+        scheduler=make_scheduler(scheduler, networks.noise_scheduler),
+    )  # fmt: skip
+    return LoadedPipeline(pipeline, networks, (record or networks).image_size)
+
+
+def _move(
+    base: Base, controlnet: ControlNetModel, *, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Move the networks to the device; UNet and ControlNet change their dtype.
+
+    VAE and text encoder stay in float32: fp16 overflows in the first, and the second's dtype is
+    that of the latents between the steps.
+    """
+    base.vae.to(device=device)  # type: ignore[call-arg]
+    base.text_encoder.to(device=device)  # type: ignore[arg-type]
+    base.unet.to(device=device, dtype=dtype)  # type: ignore[call-arg]
+    controlnet.to(device=device, dtype=dtype)  # type: ignore[call-arg]
+
+
+def find_base(
+    checkpoint_path: str, *, record: InpaintingRecord | None, demo_base: Callable[[], Path]
+) -> tuple[str, str | None]:
+    """Return the base that was recorded, and its configurations' place.
+
+    Raises:
+        ValueError: nothing says which base the weights belong to, or where it is.
+    """
+    if record is None:
+        raise ValueError(
+            f"{checkpoint_path} must come with a record of its base, got none beside it. "
+            "Name the base that it was trained with: --pretrained_model_name_or_path."
+        )
+    if "/" in record.base:  # a hub id: names of folders and files have no slash
+        return record.base, None
+    # The record travels with the weights and holds no local paths: run.json stays and does.
+    trained_on = read_run_arguments(Path(checkpoint_path))
+    name = trained_on.get("pretrained_model_name_or_path")
+    if name and Path(name).exists():
+        return name, trained_on.get("base_config")
+    if record.base == "demo":
+        return str(demo_base()), None
+    raise ValueError(
+        f"the base '{record.base}', which the weights were trained with, must be found, got no "
+        "such folder in run.json. Name it with --pretrained_model_name_or_path."
+    )
+
+
+def read_run_arguments(checkpoint_path: Path) -> dict[str, str]:
+    """Return the flags in run.json of the run that the weights lie in, {} outside a run."""
+    folder = checkpoint_path.resolve()
+    for candidate in (folder, *folder.parents[:2]):
+        path = candidate / "run.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8")).get("arguments", {})
+    return {}
+
+
+def check_record(record: InpaintingRecord | None, *, base: Base) -> None:
+    """Refuse weights that were trained for another geometry or another mark of the hole.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    if record is None:
+        return
+    if record.vae_stride != base.stride:
+        raise ValueError(
+            f"the base's VAE must have the stride {record.vae_stride} of the weights' own base "
+            f"({record.base}), got {base.stride}. Name that one: --pretrained_model_name_or_path."
+        )
+    if record.hole_value != HOLE_VALUE or record.image_range != (0.0, 1.0):
+        raise ValueError(
+            f"the weights must have learnt holes as {HOLE_VALUE:g} beside pixels in [0, 1], got "
+            f"{record.hole_value:g} beside {list(record.image_range)}. Use a ControlNet of this "
+            "trainer."
+        )

@@ -1,0 +1,326 @@
+"""How good is a ControlNet? Fill the same holes with it and with others, and measure.
+
+    python -m tools.evaluate --checkpoint_path outputs/.../final_model/controlnet.pth
+
+Every candidate is given the picture with grey in its hole: no pixel of the truth reaches it. Holes
+and pictures are the same for everyone; the numbers are the same again on the same machine (a
+picture's samples are always one batch, so there is no batch size that could change them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from inpainting.infer_flags import PRECISIONS, PREDICTION_TYPES, SCHEDULERS
+from inpainting.quiet import quiet_libraries
+from inpainting.runs import cache_dir
+
+if TYPE_CHECKING:  # the imports of torch and diffusers take seconds: --help must not
+    import numpy as np
+
+    from inpainting.coco import CocoIndex
+    from pipeline import LoadedPipeline
+    from tools.evaluation_files import Case
+
+logger = logging.getLogger("evaluate")
+
+GREY = 127  # what stands in the hole of a picture that is given away
+HOLE_KINDS = ("thin", "medium", "thick", "object")
+NUM_SHEET_ROWS = 8
+USER_ERRORS = (ValueError, OSError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        check_flags(args)
+        evaluate(args)
+    except USER_ERRORS as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on in {args.output_dir}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.evaluate", allow_abbrev=False, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument_group("weights").add_argument
+    add("--checkpoint_path", required=True,
+        help="controlnet.pth, final_model folder, Lightning .ckpt or single file")  # fmt: skip
+    add("--compare_with", help="a second ControlNet for the same base")
+    add("--pretrained_model_name_or_path", help="the base (default: what the weights record)")
+    add("--base_config", help="folder or hub id of a single file's configurations")
+    add("--prediction_type", choices=PREDICTION_TYPES, default="auto")
+    add = parser.add_argument_group("data").add_argument
+    add("--image_dir", help="pictures (default: drawn scenes that no demo training sees)")
+    add("--ann_file", help="COCO instances json; without it there are no object holes")
+    add("--caption_file", help="COCO captions json, for the prompts")
+    add("--num_pictures", type=int, default=64, help="the first so many by id")
+    add("--hole_kinds", nargs="+", choices=HOLE_KINDS, default=list(HOLE_KINDS))
+    add("--image_size", type=int, help="pixels (default: what was trained)")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--num_samples", type=int, default=8, help="per picture, as one batch")
+    add("--scheduler", choices=SCHEDULERS, default="ddim")
+    add("--num_inference_steps", type=int, default=20)
+    add("--guidance_scale", type=float, default=3.0, help="1 = no guidance")
+    add("--empty_prompt", action="store_true", help="tell nobody what the picture shows")
+    add("--seed", type=int, default=0)
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--precision", choices=PRECISIONS, default="auto")
+    add("--perceptual", action="store_true",
+        help="LPIPS and FID too: needs requirements-metrics.txt")  # fmt: skip
+    add("--output_dir", type=Path, default=Path("outputs/evaluation"))
+    return parser
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse what can't work, before anything is loaded.
+
+    Raises:
+        ValueError: one line that names the flag.
+    """
+    for name, lowest in (("num_pictures", 1), ("num_samples", 1), ("num_inference_steps", 1),
+                         ("guidance_scale", 0), ("seed", 0), ("image_size", 8)):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and value < lowest:
+            raise ValueError(f"--{name} must be at least {lowest}, got {value}.")
+    if args.image_dir is None and (args.ann_file or args.caption_file):
+        raise ValueError("--ann_file and --caption_file need --image_dir, got none. Name it.")
+    if args.image_dir and not args.ann_file and "object" in args.hole_kinds:
+        args.hole_kinds.remove("object")
+        if not args.hole_kinds:
+            raise ValueError("object holes need --ann_file, got none. Name it.")
+        logger.warning("no --ann_file: no object holes")
+    if args.perceptual:
+        from tools.perceptual import check_packages
+
+        check_packages()
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Fill, score, and write the table, results.json, results.md and the sheets."""
+    from tqdm import tqdm
+
+    from inpainting.scoreboard import format_table, score_samples, summarize
+    from tools.evaluation_files import Evaluation, write_sheets
+
+    quiet_libraries()
+    index = read_index(args)
+    loaded = load(args, args.checkpoint_path)
+    image_size = args.image_size or loaded.image_size
+    check_size(image_size, loaded=loaded)
+    candidates = make_candidates(args, loaded=loaded, image_size=image_size)
+    settings = describe_settings(args, image_size=image_size, loaded=loaded)
+    evaluation = Evaluation(args.output_dir, settings=settings)
+    cases = list_cases(index, args=args)
+    for kind, row in tqdm(cases, desc="pictures x holes"):
+        if evaluation.has(kind, image_id=int(index.image_ids[row])):
+            continue
+        case = build_case(index, row=row, kind=kind, image_size=image_size, args=args)
+        if case is None:
+            continue
+        results = {name: candidate(case) for name, candidate in candidates.items()}
+        scores = {
+            name: score_samples(samples, truth=case.truth, given=case.given, mask=case.mask)
+            for name, samples in results.items()
+        }
+        pictures = {name: samples[0] for name, samples in results.items()}
+        evaluation.add(case, scores=scores, pictures=pictures)
+    summaries = summarize(evaluation.scores)
+    table = format_table(summaries)
+    perceptual = None
+    if args.perceptual:
+        from tools.perceptual import measure
+
+        perceptual = measure(evaluation)
+    evaluation.write_results(summaries, table=table, perceptual=perceptual)
+    write_sheets(evaluation, num_rows=NUM_SHEET_ROWS)
+    print(f"\n{table}\n\nresults: {args.output_dir}")
+
+
+def read_index(args: argparse.Namespace) -> CocoIndex:
+    """Read the pictures' records: the user's, or the scenes that nobody trains on."""
+    from inpainting.coco import CocoIndex
+
+    cache = cache_dir() / "index"
+    image_dir, ann_file, caption_file = (
+        Path(value) if value else None
+        for value in (args.image_dir, args.ann_file, args.caption_file)
+    )
+    if image_dir is None:
+        from demo.defaults import prepare_unseen_scenes
+
+        scenes = prepare_unseen_scenes(cache_dir() / "demo", num_scenes=args.num_pictures)
+        image_dir, ann_file = scenes.image_dir, scenes.ann_file
+        caption_file = scenes.caption_file
+    if ann_file is None:
+        return CocoIndex.from_folder(image_dir, caption_file=caption_file, cache_dir=cache)
+    return CocoIndex.from_annotations(
+        image_dir, ann_file=ann_file, caption_file=caption_file, cache_dir=cache
+    )
+
+
+def load(args: argparse.Namespace, checkpoint_path: str) -> LoadedPipeline:
+    """Load a ControlNet with its base."""
+    from demo.defaults import prepare_base
+    from inpainting.devices import choose_device
+    from pipeline import load_pipeline
+
+    device, dtype = choose_device(args.device, precision=args.precision)
+    return load_pipeline(
+        checkpoint_path,
+        base=args.pretrained_model_name_or_path,
+        base_config=args.base_config,
+        prediction_type=args.prediction_type,
+        scheduler=args.scheduler,
+        device=device,
+        dtype=dtype,
+        demo_base=partial(prepare_base, cache_dir() / "demo"),
+    )
+
+
+def check_size(image_size: int, *, loaded: LoadedPipeline) -> None:
+    """Refuse a size that the networks can't work at.
+
+    Raises:
+        ValueError: no multiple of the deepest cell.
+    """
+    from inpainting.sampling import unet_stride
+
+    multiple = loaded.base.stride * unet_stride(loaded.base.unet)
+    if image_size % multiple:
+        raise ValueError(
+            f"--image_size must be a multiple of {multiple} (the UNet's deepest cell), "
+            f"got {image_size}."
+        )
+
+
+def describe_settings(
+    args: argparse.Namespace, *, image_size: int, loaded: LoadedPipeline
+) -> dict[str, object]:
+    """Return all that the numbers depend on; another evaluation can't go on in its folder."""
+    from inpainting.checkpoints import base_hash
+
+    names = ("image_dir", "ann_file", "caption_file", "num_pictures", "hole_kinds", "num_samples",
+             "scheduler", "num_inference_steps", "guidance_scale", "empty_prompt", "seed",
+             "compare_with", "prediction_type", "precision")  # fmt: skip
+    return {
+        **{name: getattr(args, name) for name in names},
+        "image_size": image_size,
+        "base": loaded.base.name,
+        "base_sha256": base_hash(loaded.base.unet),
+        "controlnet_sha256": base_hash(loaded.pipeline.controlnet),  # type: ignore[arg-type]
+    }
+
+
+def make_candidates(
+    args: argparse.Namespace, *, loaded: LoadedPipeline, image_size: int
+) -> dict[str, Callable[[Case], list[np.ndarray]]]:
+    """Return who fills the holes: name -> samples of a case."""
+    from inpainting.classic_fills import fill_mean_color, fill_navier_stokes, fill_telea
+
+    steer = partial(sample, args=args, image_size=image_size)
+    candidates: dict[str, Callable[[Case], list[np.ndarray]]] = {
+        "ControlNet": partial(steer, loaded=loaded, conditioning_scale=1.0)
+    }
+    if args.compare_with:
+        second = load(args, args.compare_with)
+        candidates["second ControlNet"] = partial(steer, loaded=second, conditioning_scale=1.0)
+    # With its residuals at zero the ControlNet is not there: same pipeline, steps and seeds.
+    candidates["base alone"] = partial(steer, loaded=loaded, conditioning_scale=0.0)
+    for name, fill in (("Telea", fill_telea), ("Navier-Stokes", fill_navier_stokes),
+                       ("mean colour", fill_mean_color)):  # fmt: skip
+        candidates[name] = lambda case, fill=fill: [fill(case.given, mask=case.mask)]
+    return candidates
+
+
+def sample(
+    case: Case,
+    *,
+    loaded: LoadedPipeline,
+    args: argparse.Namespace,
+    image_size: int,
+    conditioning_scale: float,
+) -> list[np.ndarray]:
+    """Draw a case's samples from the networks, (H, W, 3) uint8 each."""
+    from inpainting.randomness import generator
+    from inpainting.sampling import inpaint
+
+    rng = generator(args.seed, f"evaluation-{case.kind}", case.image_id)
+    return inpaint(
+        loaded.pipeline,
+        image=case.given,
+        mask=case.mask,
+        prompt=case.prompt,
+        negative_prompt="",
+        seeds=rng.integers(2**31, size=args.num_samples).tolist(),
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        conditioning_scale=conditioning_scale,
+        strength=1.0,
+        image_size=image_size,
+        crop_to_mask=False,
+        mask_blur=0,
+    )
+
+
+def list_cases(index: CocoIndex, *, args: argparse.Namespace) -> list[tuple[str, int]]:
+    """Return (kind, row) of every case, all kinds of a picture together."""
+    rows = range(min(args.num_pictures, len(index)))
+    return [(kind, row) for row in rows for kind in args.hole_kinds]
+
+
+def build_case(
+    index: CocoIndex, *, row: int, kind: str, image_size: int, args: argparse.Namespace
+) -> Case | None:
+    """Cut a picture's middle square and draw its hole; None where no object gives one."""
+    import numpy as np
+
+    from inpainting.benchmark_holes import BENCHMARK_SEED, draw_benchmark_hole
+    from inpainting.captions import choose_prompt
+    from inpainting.images import crop_box, open_image, resize_image, resize_mask
+    from inpainting.randomness import generator
+    from tools.evaluation_files import Case
+
+    image_id = int(index.image_ids[row])
+    picture = open_image(index.image_path(row))
+    cut = {"box": crop_box(*picture.size, rng=None), "size": image_size, "flip": False}
+    truth = resize_image(picture, **cut)
+    mask = draw_benchmark_hole(
+        kind,
+        size=image_size,
+        image_id=image_id,
+        object_masks=[
+            partial(lambda rle: resize_mask(index.decode(rle), **cut), rle)
+            for rle in index.object_masks(row)
+        ],
+    )
+    if mask is None:
+        return None
+    prompt = choose_prompt(
+        generator(BENCHMARK_SEED, "prompt", image_id),
+        captions=index.captions(row),
+        category_names=index.category_names(row),
+        empty_prompt_prob=float(args.empty_prompt),
+    )
+    given = np.where(mask[..., None] == 1, np.uint8(GREY), truth)
+    return Case(kind, image_id, truth, given, mask, prompt)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
