@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("train_lightning")
 
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What a user can cause: one line and exit code 2.
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 
@@ -68,9 +69,15 @@ def _end_at_once_on_a_signal() -> None:
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)  # as set_wakeup_fd demands
     signal.set_wakeup_fd(write_end)
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in ENDING_SIGNALS:
         signal.signal(signum, lambda *_: None)  # only signals with a handler are written there
-    threading.Thread(target=lambda: os._exit(128 + os.read(read_end, 1)[0]), daemon=True).start()
+
+    def wait() -> None:
+        while (signum := os.read(read_end, 1)[0]) not in ENDING_SIGNALS:
+            pass
+        os._exit(128 + signum)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class UserError(Exception):
