@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from inpainting.infer_flags import build_parser, check_flags
 from inpainting.pairs import Job, Picture, find_jobs, read_picture, write_results
 from inpainting.quiet import quiet_libraries
-from inpainting.runs import cache_dir
+from inpainting.runs import cache_dir, check_output_dir
 
 if TYPE_CHECKING:  # the imports of torch and diffusers take seconds: --help must not
     import numpy as np
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     read = partial(read_picture, invert_mask=args.invert_mask, mask_grow=args.mask_grow)
     try:
         check_flags(args)
+        check_output_dir(Path(args.output_dir))
         jobs = find_jobs(Path(args.input_image), Path(args.input_mask))
         quiet_libraries()
         from inpainting.sampling import check_steps

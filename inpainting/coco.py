@@ -12,12 +12,15 @@ is one object of a picture. A cache folder is *fresh* while the picture folders 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -34,6 +37,7 @@ FORMAT_VERSION = 1  # of the cache: raise it with every change of what is stored
 _META_NAME = "meta.json"
 _BUILDING_PREFIX = ".building-"
 _ABANDONED_AFTER_S = 24 * 3600.0
+_NUM_KEPT = 4  # indexes of other data sets or of earlier states: COCO's has 251 MB
 
 
 class Rle(TypedDict):
@@ -199,13 +203,53 @@ def _find_or_build(
     address = json.dumps([FORMAT_VERSION, str(image_dir.resolve()), sources])
     key = hashlib.sha256(address.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     cache_dir.mkdir(parents=True, exist_ok=True)  # before the picture folders' times are read
+    index = _find_fresh(image_dir, key=key, cache_dir=cache_dir)
+    if index is not None:
+        return index
+    with _alone_in(cache_dir):
+        index = _find_fresh(image_dir, key=key, cache_dir=cache_dir)  # built while this one waited
+        if index is None:
+            contents = build_contents(image_dir, ann_file=ann_file, caption_file=caption_file)
+            folder = _publish(contents, key=key, cache_dir=cache_dir)
+            index = CocoIndex(folder, image_dir=image_dir)
+            _prune(cache_dir, in_use=folder)
+    return index
+
+
+def _find_fresh(image_dir: Path, *, key: str, cache_dir: Path) -> CocoIndex | None:
+    """Return the index of these files if it is in the cache, and note that it was used."""
     for folder in sorted(cache_dir.glob(f"{key}-*")):
         index = _open_whole(folder, image_dir=image_dir)
         if index is not None and index.is_fresh():
+            with suppress(OSError):  # somebody else's cache
+                os.utime(folder)
             return index
-    contents = build_contents(image_dir, ann_file=ann_file, caption_file=caption_file)
-    folder = _publish(contents, key=key, cache_dir=cache_dir)
-    return CocoIndex(folder, image_dir=image_dir)
+    return None
+
+
+@contextmanager
+def _alone_in(cache_dir: Path) -> Iterator[None]:
+    """Let one process build: all ranks of a run come here at once, with half a gigabyte each."""
+    lock = os.open(cache_dir, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: then each builds, as _publish allows
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)  # unlocks, as a kill does
+
+
+def _prune(cache_dir: Path, *, in_use: Path) -> None:
+    """Remove all but the indexes that were used last; none of the last day's runs may need it."""
+    used = {
+        folder: folder.stat().st_mtime
+        for folder in cache_dir.iterdir()
+        if folder != in_use and not folder.name.startswith(".")
+    }
+    newest_first = sorted(used, key=lambda folder: used[folder], reverse=True)
+    for folder in newest_first[_NUM_KEPT - 1 :]:
+        if time.time() - used[folder] > _ABANDONED_AFTER_S:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _open_whole(folder: Path, *, image_dir: Path) -> CocoIndex | None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from typing import NoReturn
 
+from inpainting.arguments import OneLineParser
 from inpainting.masks import parse_mask_types
 from inpainting.preflight import MONITORS, STRATEGIES
 
@@ -18,15 +18,10 @@ LR_SCHEDULERS = (
 )  # fmt: skip
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """Reads arguments from an @file as a shell would: many a line, quotes, # comments.
+class ArgumentParser(OneLineParser):
+    """Reads arguments from an @file as a shell would: many a line, quotes, # comments."""
 
-    Answers a mistake in one line; argparse would print every flag first.
-    """
-
-    def error(self, message: str) -> NoReturn:
-        """End with exit code 2."""
-        self.exit(2, f"error: {message}. --help shows every flag.\n")
+    speaker = "error"
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """Split one line of the file."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import logging
 
+from inpainting.arguments import OneLineParser
+
 logger = logging.getLogger(__name__)
 
 SCHEDULERS = ("ddpm", "ddim", "unipc", "dpmsolver++", "euler_a")
@@ -22,8 +24,10 @@ MAX_IMAGES = 10000
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's flags, in the groups of the manual."""
-    parser = argparse.ArgumentParser(
-        description="Fill the holes of pictures with a trained ControlNet.", allow_abbrev=False
+    parser = OneLineParser(
+        prog="infer.py",
+        description="Fill the holes of pictures with a trained ControlNet.",
+        allow_abbrev=False,
     )
     _add_data_flags(parser.add_argument_group("data"))
     _add_model_flags(parser.add_argument_group("model"))

@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
 from inpainting.base import BaseConfig
+from inpainting.runs import check_output_dir
 
 logger = logging.getLogger(__name__)
 
+MAX_SEED = 2**32 - 1  # NumPy's
+# Launchers tell each machine by one of these where the others are: torchrun, SLURM, LSF.
+NODE_VARIABLES = ("MASTER_ADDR", "SLURM_JOB_ID", "LSB_JOBID")
 DEEPSPEED_STRATEGIES = (
     "deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload",
     "deepspeed_stage_3", "deepspeed_stage_3_offload",
@@ -61,6 +66,11 @@ def check_flags(args: argparse.Namespace) -> list[str]:
             f"--strategy {args.strategy} needs CUDA, got --accelerator {args.accelerator}. "
             "Use --strategy ddp."
         )
+    if args.num_nodes > 1 and not any(name in os.environ for name in NODE_VARIABLES):
+        raise ValueError(
+            f"--num_nodes {args.num_nodes} needs a launcher on each machine, got none: this one "
+            "would wait for the others for ever. Start it with torchrun --nnodes, see the manual."
+        )
     has_no_objects = args.image_dir and not args.ann_file  # the demo's scenes have them
     if list(args.mask_types) == ["object"] and has_no_objects:
         raise ValueError(
@@ -90,6 +100,8 @@ def _check_ranges(args: argparse.Namespace) -> None:
     ):  # fmt: skip
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
+    if args.seed > MAX_SEED:
+        raise ValueError(f"--seed must be at most {MAX_SEED}, got {args.seed}.")
     if args.max_steps == 0:
         raise ValueError("--max_steps must be positive, or -1 for no limit, got 0.")
     for name in ("val_split", "empty_prompt_prob"):
@@ -130,8 +142,7 @@ def _check_paths(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"--{name} must exist, got {value}. Check the path.")
         if value and not args.image_dir and name != "controlnet_weights":
             raise ValueError(f"--{name} needs --image_dir, got none. Name the pictures' folder.")
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        raise NotADirectoryError(f"--output_dir must be a folder, got the file {args.output_dir}.")
+    check_output_dir(Path(args.output_dir))
 
 
 def _warnings(args: argparse.Namespace) -> list[str]:

@@ -42,6 +42,23 @@ def is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in names)
 
 
+def check_output_dir(path: Path) -> None:
+    """Refuse a place for results, before anything is loaded, where no folder can be made.
+
+    Raises:
+        NotADirectoryError, PermissionError: --output_dir can't be written to.
+    """
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(
+            f"--output_dir must be a folder, got the file {existing}. Name another place."
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"--output_dir must be a folder that you may write to, got {path}. Name another place."
+        )
+
+
 def new_run_dir(output_dir: Path) -> Path:
     """Make a run folder that no other run has, even one that starts in the same second.
 

@@ -251,7 +251,7 @@ def test_help_answers_at_once_without_torch() -> None:
         (["--gradient_clip_val", "nan"], "--gradient_clip_val must be"),
         (["--mask_area_range", "0.3", "0.1"], "--mask_area_range"),
         (["--mask_area_range", "nan", "0.3"], "--mask_area_range"),
-        (["--mask_types", "circle"], "circle"),
+        (["--mask_types", "circle"], "error: --mask_types must be types of"),
         (["--mask_types", "irregular=-1"], "irregular"),
         (["--max_steps", "0"], "--max_steps must be positive"),
         (["--limit_train_batches", "1.5"], "--limit_train_batches"),
@@ -268,6 +268,9 @@ def test_help_answers_at_once_without_torch() -> None:
         (["--monitor", "train/loss"], "--monitor"),
         (["--ema_decay", "1"], "--ema_decay must be between"),
         (["--seed", "-1"], "--seed must be"),
+        (["--seed", "4294967296"], "--seed must be at most"),
+        (["--output_dir", "README.md/runs"], "--output_dir must be a folder"),
+        (["--num_nodes", "2"], "--num_nodes 2 needs a launcher"),
         (["--resume_from_checkpoint", "last"], "loadable checkpoint"),
         (["@missing.args"], "missing.args"),
     ],
@@ -287,12 +290,24 @@ def test_a_mistake_is_answered_in_one_line(
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
+        signal.set_wakeup_fd(-1)
     errors = [line for line in capfd.readouterr().err.splitlines() if line]
     assert code == 2
     assert len(errors) == 1, errors
     assert errors[0].startswith("error: ")
     assert message in errors[0]
     assert not output_dir.exists()
+
+
+def test_while_starting_only_the_ending_signals_end_it() -> None:
+    code = (
+        "import signal, time, train_lightning as t; t._end_at_once_on_a_signal();"
+        "signal.signal(signal.SIGALRM, lambda *_: print('somebody else answers', flush=True));"
+        "signal.raise_signal(signal.SIGALRM); time.sleep(0.3); print('goes on', flush=True);"
+        "signal.raise_signal(signal.SIGTERM); time.sleep(60)"
+    )
+    code, stdout, _ = run_typed(["-c", code])
+    assert (code, stdout) == (143, "somebody else answers\ngoes on\n")
 
 
 @pytest.mark.parametrize("wrong", [["--image_size", "500"], ["--no_such_flag"]], ids=" ".join)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -168,9 +169,19 @@ def _build_in_process(dataset: Dataset, barrier: Any, answers: Any) -> None:
     answers.put(dataset.index().category_names(1))
 
 
-def test_processes_that_build_at_once_get_the_same(dataset: Dataset) -> None:
+def test_of_processes_that_come_at_once_one_builds(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     context = multiprocessing.get_context("fork")
-    barrier, answers = context.Barrier(4), context.Queue()
+    barrier, answers, builds = context.Barrier(4), context.Queue(), context.Queue()
+    build = coco.build_contents
+
+    def build_slowly(*args: Any, **options: Any) -> Any:
+        builds.put("built")
+        time.sleep(0.3)
+        return build(*args, **options)
+
+    monkeypatch.setattr(coco, "build_contents", build_slowly)
     processes = [
         context.Process(target=_build_in_process, args=(dataset, barrier, answers))
         for _ in range(4)
@@ -181,6 +192,32 @@ def test_processes_that_build_at_once_get_the_same(dataset: Dataset) -> None:
     for process in processes:
         process.join()
     assert len(list(dataset.cache_dir.iterdir())) == 1
+    assert builds.get(timeout=60) == "built"
+    assert builds.empty(), "a second process built too"
+
+
+def test_indexes_that_nobody_used_for_long_are_removed(dataset: Dataset) -> None:
+    hours, kept = 3600.0, []
+    for age_h in (50, 40, 30, 60):
+        content = instances()
+        content["categories"][0]["name"] = f"cat of {age_h} hours ago"
+        dataset.index(content)
+        (folder,) = set(dataset.cache_dir.iterdir()) - set(kept)
+        kept.append(folder)
+    for folder, age_h in zip(kept, (50, 40, 30, 60), strict=True):
+        os.utime(folder, (time.time() - age_h * hours,) * 2)
+    dataset.index()  # the last one is used again, the first one is the oldest now
+    content["categories"][0]["name"] = "one too many"
+    dataset.index(content)
+    left = set(dataset.cache_dir.iterdir())
+    assert len(left) == 4
+    assert kept[0] not in left
+    assert {*kept[1:]} < left
+    for name in ("cow", "goat"):
+        os.utime(kept[1], (time.time() - 20 * hours,) * 2)
+        content["categories"][0]["name"] = name
+        dataset.index(content)
+    assert kept[1].exists(), "a run of today may still need it"
 
 
 def test_a_worker_is_sent_two_paths(dataset: Dataset) -> None:

@@ -53,6 +53,7 @@ def test_the_defaults_pass_without_a_warning() -> None:
         ("--num_nodes 0", "--num_nodes must be at least 1, got 0."),
         ("--overfit_batches -1", "--overfit_batches must be at least 0, got -1."),
         ("--seed -1", "--seed must be at least 0, got -1."),
+        ("--seed 4294967296", "--seed must be at most 4294967295, got 4294967296."),
         ("--val_split 1.5", "--val_split must be in [0, 1], got 1.5."),
         ("--val_split nan", "--val_split must be in [0, 1], got nan."),
         ("--val_split 1", "--val_split must leave pictures to train on, got 1. Try 0.05."),
@@ -140,6 +141,15 @@ def test_a_flag_without_effect_is_warned_about_once(arguments, warning) -> None:
     lines = check_flags(parse(*arguments.split()))
     assert len(lines) == 1, lines
     assert lines[0].startswith(warning)
+
+
+@pytest.mark.parametrize("variable", ["MASTER_ADDR", "SLURM_JOB_ID", "LSB_JOBID"])
+def test_several_nodes_need_a_launcher(variable, monkeypatch) -> None:
+    for name in ("MASTER_ADDR", "SLURM_JOB_ID", "LSB_JOBID"):
+        monkeypatch.delenv(name, raising=False)
+    assert "--num_nodes 2 needs a launcher on each machine" in refusal("--num_nodes", "2")
+    monkeypatch.setenv(variable, "1")
+    assert check_flags(parse("--num_nodes", "2")) == []
 
 
 @pytest.mark.parametrize(

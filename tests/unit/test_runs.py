@@ -14,6 +14,7 @@ from inpainting.runs import (
     CHECKPOINT_PARTS,
     RUN_PREFIX,
     adopt_checkpoint,
+    check_output_dir,
     check_strategy_can_read,
     find_checkpoint,
     is_first_process,
@@ -57,6 +58,20 @@ def test_an_output_dir_below_a_file_is_an_error_of_the_users(tmp_path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises((NotADirectoryError, FileExistsError), match="file"):
         new_run_dir(tmp_path / "file" / "outputs")
+
+
+def test_an_output_dir_that_cant_be_is_refused(tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(NotADirectoryError, match=r"must be a folder, got the file .*file\."):
+            check_output_dir(path)
+    check_output_dir(tmp_path / "new" / "one")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.chdir(tmp_path)
+    check_output_dir(Path("outputs"))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(PermissionError, match=r"that you may write to, got outputs\."):
+        check_output_dir(Path("outputs"))
 
 
 def test_a_checkpoints_run_is_the_folder_with_its_run_json(tmp_path, monkeypatch) -> None:
