@@ -46,6 +46,11 @@ class ProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate=refresh_rate)
         self.loss: Tensor | None = None
 
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Name the epoch here too: Lightning doesn't begin one anew that it resumes inside."""
+        super().on_train_start(trainer, *_)
+        self.on_train_epoch_start(trainer)
+
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -127,11 +132,15 @@ class Curves(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object
     ) -> None:
-        """Write a point every N optimizer steps: the only place that waits for the GPU."""
+        """Write a point every N optimizer steps: the only place that waits for the GPU.
+
+        And one at the end of the epoch and of the run, which may be shorter.
+        """
         assert isinstance(pl_module, InpaintingControlNet)
         self._num_batches += 1
         step = trainer.global_step
-        if step == self._step or step % self.every_n_steps:
+        is_due = step % self.every_n_steps == 0 or trainer.is_last_batch
+        if step == self._step or not (is_due or step == trainer.max_steps):
             return
         self._step = step
         values = {

@@ -150,7 +150,7 @@ def test_tensorboard_shows_curves_and_pictures_at_their_steps(trained: Result) -
     }  # fmt: skip
     for tag in ("train/loss", "train/lr", "train/grad_norm", "train/samples_per_second"):
         curve = read_curve(trained.run_dir, tag)
-        assert sorted(curve) == [2, 4, 6, 8, 10], tag
+        assert sorted(curve) == [2, 4, 5, 6, 8, 10], tag  # every second step and each epoch's end
         assert all(math.isfinite(value) and value > 0 for value in curve.values()), curve
     for tag in events.Tags()["scalars"]:
         if tag.startswith("val/"):
@@ -201,6 +201,13 @@ def test_the_monitor_ranks_the_checkpoints(
     [kept] = (result.run_dir / "checkpoints").glob("controlnet-*.ckpt")
     epoch = best(curve, key=curve.__getitem__) // 5 - 1
     assert re.fullmatch(rf"controlnet-epoch=0{epoch}-train_loss=\d\.\d{{4}}\.ckpt", kept.name)
+
+
+def test_a_run_that_ends_before_the_first_point_has_one(flags: list[str], output_dir: Path) -> None:
+    result = run([*flags, "--max_steps", "2"], output_dir=output_dir)
+    assert result.code == 0, result.output
+    assert list(read_curve(result.run_dir, "train/loss")) == [2]
+    assert list(read_curve(result.run_dir, "train/lr")) == [2]
 
 
 def test_the_bar_and_the_last_lines_read_as_promised(trained: Result) -> None:
