@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from inpainting.infer_flags import build_parser, check_flags
 from inpainting.pairs import Job, Picture, find_jobs, read_picture, write_results
 from inpainting.quiet import quiet_libraries
-from inpainting.runs import cache_dir, check_output_dir
+from inpainting.runs import check_output_dir
 
 if TYPE_CHECKING:  # the imports of torch and diffusers take seconds: --help must not
     import numpy as np
@@ -135,7 +135,7 @@ def load(args: argparse.Namespace) -> tuple[InpaintPipeline, int]:
     Raises:
         FileNotFoundError, ValueError: names the flag or file to correct.
     """
-    from demo.defaults import prepare_base
+    from demo.defaults import BASE_DIR
     from inpainting.devices import choose_device
     from pipeline import load_pipeline
 
@@ -148,7 +148,7 @@ def load(args: argparse.Namespace) -> tuple[InpaintPipeline, int]:
         scheduler=args.scheduler,
         device=device,
         dtype=dtype,
-        demo_base=partial(prepare_base, cache_dir() / "demo"),
+        demo_base=BASE_DIR,
     )
     loaded.pipeline.set_progress_bar_config(disable=not sys.stderr.isatty())
     return loaded.pipeline, args.image_size or loaded.image_size

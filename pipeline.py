@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from diffusers import ControlNetModel
+from torch import Tensor
 
 from inpainting.checkpoints import base_hash, find_record
 from inpainting.diffusion import HOLE_VALUE
@@ -49,7 +49,7 @@ def load_pipeline(
     scheduler: str,
     device: torch.device,
     dtype: torch.dtype,
-    demo_base: Callable[[], Path],
+    demo_base: Path,
 ) -> LoadedPipeline:
     """Load a ControlNet and its base.
 
@@ -62,7 +62,7 @@ def load_pipeline(
         scheduler: a key of `inpainting.sampling.SCHEDULERS`.
         device: where to.
         dtype: of UNet and ControlNet.
-        demo_base: finds the demo's base where that is what was trained on.
+        demo_base: the demo's, for weights that were trained on it.
 
     Raises:
         FileNotFoundError, ValueError: names the flag or file to correct.
@@ -75,38 +75,63 @@ def load_pipeline(
     if prediction_type == "auto" and record is not None:
         prediction_type = record.prediction_type
     networks = load_base(base, base_config=base_config, prediction_type=prediction_type)
-    check_record(record, base=networks)
-    recorded_hash = record.base_unet_sha256 if record else None
-    if recorded_hash is not None and recorded_hash != base_hash(networks.unet):
-        logger.warning("%s is not the base that the weights were trained with.", base)
-    controlnet = build_controlnet(networks.unet, stride=networks.stride)
-    controlnet.requires_grad_(False).eval()
-    load_controlnet_weights(controlnet, weights, source=checkpoint_path)
-    _move(networks, controlnet, device=device, dtype=dtype)
+    controlnet = _build_controlnet(
+        weights, record=record, networks=networks, source=checkpoint_path
+    )
+    # VAE and text encoder stay in float32: fp16 overflows in the first, and the second's dtype is
+    # that of the latents between the steps.
+    networks.vae.to(device=device)  # type: ignore[call-arg]
+    networks.text_encoder.to(device=device)  # type: ignore[arg-type]
+    networks.unet.to(device=device, dtype=dtype)  # type: ignore[call-arg]
     pipeline = make_pipeline(
         vae=networks.vae, unet=networks.unet, text_encoder=networks.text_encoder,
-        tokenizer=networks.tokenizer, controlnet=controlnet,
+        tokenizer=networks.tokenizer,
+        controlnet=controlnet.to(device=device, dtype=dtype),  # type: ignore[arg-type]
         scheduler=make_scheduler(scheduler, networks.noise_scheduler),
     )  # fmt: skip
     return LoadedPipeline(pipeline, networks, (record or networks).image_size)
 
 
-def _move(
-    base: Base, controlnet: ControlNetModel, *, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Move the networks to the device; UNet and ControlNet change their dtype.
+def with_controlnet(loaded: LoadedPipeline, checkpoint_path: str) -> LoadedPipeline:
+    """Put another ControlNet in front of a base that is loaded already.
 
-    VAE and text encoder stay in float32: fp16 overflows in the first, and the second's dtype is
-    that of the latents between the steps.
+    Args:
+        loaded: stays as it is; the networks of its base are shared.
+        checkpoint_path: controlnet.pth, final_model folder, Lightning .ckpt or single file.
+
+    Raises:
+        FileNotFoundError, ValueError: names the file to correct.
     """
-    base.vae.to(device=device)  # type: ignore[call-arg]
-    base.text_encoder.to(device=device)  # type: ignore[arg-type]
-    base.unet.to(device=device, dtype=dtype)  # type: ignore[call-arg]
-    controlnet.to(device=device, dtype=dtype)  # type: ignore[call-arg]
+    controlnet = _build_controlnet(
+        read_controlnet_weights(checkpoint_path), record=find_record(checkpoint_path),
+        networks=loaded.base, source=checkpoint_path,
+    )  # fmt: skip
+    unet = loaded.pipeline.unet
+    controlnet.to(device=unet.device, dtype=unet.dtype)  # type: ignore[call-arg]
+    pipeline = loaded.pipeline
+    pipeline = make_pipeline(
+        vae=pipeline.vae, unet=unet, text_encoder=pipeline.text_encoder,
+        tokenizer=pipeline.tokenizer, controlnet=controlnet, scheduler=pipeline.scheduler,
+    )  # fmt: skip
+    return replace(loaded, pipeline=pipeline)
+
+
+def _build_controlnet(
+    weights: dict[str, Tensor], *, record: InpaintingRecord | None, networks: Base, source: str
+) -> ControlNetModel:
+    """Build the ControlNet of a base with weights that were trained with it."""
+    check_record(record, base=networks)
+    recorded_hash = record.base_unet_sha256 if record else None
+    if recorded_hash is not None and recorded_hash != base_hash(networks.unet):
+        logger.warning("%s is not the base that %s was trained with.", networks.name, source)
+    controlnet = build_controlnet(networks.unet, stride=networks.stride)
+    controlnet.requires_grad_(False).eval()
+    load_controlnet_weights(controlnet, weights, source=source)
+    return controlnet
 
 
 def find_base(
-    checkpoint_path: str, *, record: InpaintingRecord | None, demo_base: Callable[[], Path]
+    checkpoint_path: str, *, record: InpaintingRecord | None, demo_base: Path
 ) -> tuple[str, str | None]:
     """Return the base that was recorded, and its configurations' place.
 
@@ -126,7 +151,7 @@ def find_base(
     if name and Path(name).exists():
         return name, trained_on.get("base_config")
     if record.base == "demo":
-        return str(demo_base()), None
+        return str(demo_base), None
     raise ValueError(
         f"the base '{record.base}', which the weights were trained with, must be found, got no "
         "such folder in run.json. Name it with --pretrained_model_name_or_path."

@@ -135,7 +135,7 @@ def _name_the_data(args: argparse.Namespace) -> None:
     """Without --image_dir: the demo's scenes, and, unless one is named, the demo's base."""
     args.uses_demo_base = False
     if args.image_dir is None:
-        from demo.defaults import prepare_base, prepare_scenes
+        from demo.defaults import BASE_DIR, prepare_scenes
 
         logger.info("no --image_dir: training on the demo's drawn scenes")
         scenes = prepare_scenes(cache_dir() / "demo")
@@ -144,7 +144,7 @@ def _name_the_data(args: argparse.Namespace) -> None:
         )
         if args.pretrained_model_name_or_path is None:
             logger.info("no --pretrained_model_name_or_path: with the demo's small base")
-            args.pretrained_model_name_or_path = str(prepare_base(cache_dir() / "demo"))
+            args.pretrained_model_name_or_path = str(BASE_DIR)
             args.uses_demo_base = True
     if args.pretrained_model_name_or_path is None:
         args.pretrained_model_name_or_path = DEFAULT_BASE

@@ -32,7 +32,7 @@ NUM_SCENES = 256
 NUM_PAIRS = 32  # of timestep and noise
 TIMESTEPS = (100, 900)
 NUM_SAMPLES, NUM_COLUMNS = 16, 4
-NUM_STEPS, GUIDANCE_SCALE = 50, 4.0
+NUM_STEPS, GUIDANCE_SCALE = 50, 6.5
 CELL_PX, TEXT_PX = 256, 66
 
 
@@ -111,7 +111,7 @@ def caption_share(base: Base, image: Tensor, *, captions: Sequence[str]) -> floa
 
 def draw_samples(base_dir: Path, *, captions: Sequence[str]) -> Image.Image:
     """Sample a picture for each caption and put them on one sheet, the words below."""
-    pipeline = StableDiffusionPipeline.from_pretrained(base_dir)
+    pipeline = StableDiffusionPipeline.from_pretrained(base_dir, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.scheduler = scheduler

@@ -143,7 +143,8 @@ def learn_merges(texts: Iterable[str], *, num_merges: int = NUM_MERGES) -> list[
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    return [tuple(pair) for pair in merges[:num_merges]]
 
 
 def build_scheduler(prediction_type: str) -> PNDMScheduler:

@@ -183,6 +183,7 @@ class ProgressLines(pl.Callback):
     def __init__(self, name: str) -> None:
         self.name = name
         self._sums: dict[str, Tensor] = {}
+        self._num_summed = 0
         self._since = time.monotonic()
 
     def on_train_batch_end(
@@ -191,11 +192,13 @@ class ProgressLines(pl.Callback):
         """Add the step's values to the sums, and write a line where one is due."""
         for key, value in outputs.items():
             self._sums[key] = self._sums.get(key, torch.zeros(())) + value.detach().cpu()
+        self._num_summed += 1
         if trainer.global_step % LOG_EVERY_N_STEPS == 0:
-            means = (f"{k} {float(v) / LOG_EVERY_N_STEPS:.4f}" for k, v in self._sums.items())
+            means = (f"{k} {float(v) / self._num_summed:.4f}" for k, v in self._sums.items())
             logger.info("%s step %d: %s, %.0f s", self.name, trainer.global_step,
                         ", ".join(means), time.monotonic() - self._since)  # fmt: skip
             self._sums.clear()
+            self._num_summed = 0
 
 
 class PictureSet(Dataset[Tensor]):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-LIMIT_S = 120.0
+LIMIT_S = 300.0
 PRELOADED = [
     "diffusers", "diffusers.schedulers", "transformers", "torch.utils.tensorboard",
     "matplotlib.pyplot", "train_lightning", "lightning_trainer",

@@ -117,22 +117,28 @@ def evaluate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from inpainting.scoreboard import format_table, score_samples, summarize
+    from pipeline import with_controlnet
     from tools.evaluation_files import Evaluation, write_sheets
 
     quiet_libraries()
     index = read_index(args)
-    loaded = load(args, args.checkpoint_path)
+    loaded = load(args)
+    second = with_controlnet(loaded, args.compare_with) if args.compare_with else None
     image_size = args.image_size or loaded.image_size
     check_size(image_size, loaded=loaded)
-    candidates = make_candidates(args, loaded=loaded, image_size=image_size)
-    settings = describe_settings(args, image_size=image_size, loaded=loaded)
+    candidates = make_candidates(args, loaded=loaded, second=second, image_size=image_size)
+    settings = describe_settings(args, image_size=image_size, loaded=loaded, second=second)
     evaluation = Evaluation(args.output_dir, settings=settings)
     done = {(score.kind, score.image_id) for score in evaluation.scores}
     cases = list_cases(index, args=args)
     for kind, row in tqdm(cases, desc="pictures x holes"):
         if (kind, int(index.image_ids[row])) in done:
             continue
-        case = build_case(index, row=row, kind=kind, image_size=image_size, args=args)
+        try:
+            case = build_case(index, row=row, kind=kind, image_size=image_size, args=args)
+        except ValueError as error:  # one bad picture must not end an hour's work
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+            continue
         if case is None:
             continue
         results = {name: candidate(case) for name, candidate in candidates.items()}
@@ -142,6 +148,11 @@ def evaluate(args: argparse.Namespace) -> None:
         }
         pictures = {name: samples[0] for name, samples in results.items()}
         evaluation.add(case, scores=scores, pictures=pictures)
+    if not evaluation.scores:
+        raise ValueError(
+            "--image_dir must hold a readable picture that takes a hole, got none. See the lines "
+            "above, or choose other --hole_kinds."
+        )
     summaries = summarize(evaluation.scores)
     table = format_table(summaries)
     perceptual = None
@@ -176,22 +187,22 @@ def read_index(args: argparse.Namespace) -> CocoIndex:
     )
 
 
-def load(args: argparse.Namespace, checkpoint_path: str) -> LoadedPipeline:
-    """Load a ControlNet with its base."""
-    from demo.defaults import prepare_base
+def load(args: argparse.Namespace) -> LoadedPipeline:
+    """Load the ControlNet with its base."""
+    from demo.defaults import BASE_DIR
     from inpainting.devices import choose_device
     from pipeline import load_pipeline
 
     device, dtype = choose_device(args.device, precision=args.precision)
     return load_pipeline(
-        checkpoint_path,
+        args.checkpoint_path,
         base=args.pretrained_model_name_or_path,
         base_config=args.base_config,
         prediction_type=args.prediction_type,
         scheduler=args.scheduler,
         device=device,
         dtype=dtype,
-        demo_base=partial(prepare_base, cache_dir() / "demo"),
+        demo_base=BASE_DIR,
     )
 
 
@@ -212,25 +223,34 @@ def check_size(image_size: int, *, loaded: LoadedPipeline) -> None:
 
 
 def describe_settings(
-    args: argparse.Namespace, *, image_size: int, loaded: LoadedPipeline
+    args: argparse.Namespace,
+    *,
+    image_size: int,
+    loaded: LoadedPipeline,
+    second: LoadedPipeline | None,
 ) -> dict[str, object]:
     """Return all that the numbers depend on; another evaluation can't go on in its folder."""
     from inpainting.checkpoints import base_hash
 
     names = ("image_dir", "ann_file", "caption_file", "num_pictures", "hole_kinds", "num_samples",
              "scheduler", "num_inference_steps", "guidance_scale", "empty_prompt", "seed",
-             "compare_with", "prediction_type", "precision")  # fmt: skip
+             "prediction_type", "precision")  # fmt: skip
     return {
         **{name: getattr(args, name) for name in names},
         "image_size": image_size,
         "base": loaded.base.name,
         "base_sha256": base_hash(loaded.base.unet),
         "controlnet_sha256": base_hash(loaded.pipeline.controlnet),  # type: ignore[arg-type]
+        "second_sha256": base_hash(second.pipeline.controlnet) if second else None,  # type: ignore[arg-type]
     }
 
 
 def make_candidates(
-    args: argparse.Namespace, *, loaded: LoadedPipeline, image_size: int
+    args: argparse.Namespace,
+    *,
+    loaded: LoadedPipeline,
+    second: LoadedPipeline | None,
+    image_size: int,
 ) -> dict[str, Callable[[Case], list[np.ndarray]]]:
     """Return who fills the holes: name -> samples of a case."""
     from inpainting.classic_fills import fill_mean_color, fill_navier_stokes, fill_telea
@@ -239,8 +259,7 @@ def make_candidates(
     candidates: dict[str, Callable[[Case], list[np.ndarray]]] = {
         "ControlNet": partial(steer, loaded=loaded, conditioning_scale=1.0)
     }
-    if args.compare_with:
-        second = load(args, args.compare_with)
+    if second is not None:
         candidates["second ControlNet"] = partial(steer, loaded=second, conditioning_scale=1.0)
     # With its residuals at zero the ControlNet is not there: same pipeline, steps and seeds.
     candidates["base alone"] = partial(steer, loaded=loaded, conditioning_scale=0.0)

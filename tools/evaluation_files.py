@@ -1,7 +1,7 @@
 """What an evaluation leaves in its folder, and how it goes on where it was stopped.
 
 settings.json   what the numbers depend on      scores.jsonl   one line a picture and hole
-pictures/       first samples, as PNG           results.json, results.md, sheet_<hole>.png
+pictures/       first samples, as PNG           results.json, results.md, sheet*.png
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from inpainting.atomic import replace_atomically, write_text_atomically
 from inpainting.scoreboard import Score, Summary
 
-GAP_PX = 4
+GAP_PX, HEADING_PX = 4, 20
+SHORT_SHEET = ("given", "hole", "base alone", "ControlNet", "truth")
 MIN_CELL_PX = 128  # small pictures are shown larger, pixel by pixel
 
 
@@ -100,7 +101,7 @@ class Evaluation:
         hole = np.repeat(case.mask[..., None] * np.uint8(255), 3, axis=2)
         for name, picture in {"given": case.given, "hole": hole, "truth": case.truth,
                               **pictures}.items():  # fmt: skip
-            path = self.picture_path(case.kind, image_id=case.image_id, name=name)
+            path = picture_path(self.folder, case.kind, image_id=case.image_id, name=name)
             with replace_atomically(path) as temporary:
                 Image.fromarray(picture).save(temporary, format="PNG")
         new = [
@@ -110,10 +111,6 @@ class Evaluation:
         with (self.folder / "scores.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps([asdict(score) for score in new]) + "\n")
         self.scores += new
-
-    def picture_path(self, kind: str, *, image_id: int, name: str) -> Path:
-        """Return where a case's picture lies: given, hole, truth, or a candidate's name."""
-        return self.folder / "pictures" / kind / f"{image_id:012d}_{name.replace(' ', '_')}.png"
 
     @property
     def candidates(self) -> list[str]:
@@ -151,34 +148,59 @@ class Evaluation:
         write_text_atomically(self.folder / "results.md", text)
 
 
+def picture_path(folder: Path, kind: str, *, image_id: int, name: str) -> Path:
+    """Return where a case's picture lies: given, hole, truth, or a candidate's name."""
+    return folder / "pictures" / kind / f"{image_id:012d}_{name.replace(' ', '_')}.png"
+
+
 def write_sheets(evaluation: Evaluation, *, num_rows: int) -> None:
-    """Write sheet_<kind>.png: a row a picture; hole, every candidate's first sample, truth."""
-    names = ["given", *evaluation.candidates, "truth"]
-    for kind in dict.fromkeys(score.kind for score in evaluation.scores):
-        rows = [
-            [
-                np.asarray(Image.open(evaluation.picture_path(kind, image_id=i, name=name)))
-                for name in names
-            ]
-            for i in evaluation.image_ids(kind)[:num_rows]
-        ]
-        with replace_atomically(evaluation.folder / f"sheet_{kind}.png") as temporary:
-            Image.fromarray(draw_sheet(rows)).save(temporary, format="PNG")
+    """Write sheet_<kind>.png, everybody's first samples, and sheet.png, the networks' of all kinds.
+
+    Args:
+        evaluation: with at least one case.
+        num_rows: pictures on each sheet.
+    """
+    folder = evaluation.folder
+    kinds = list(dict.fromkeys(score.kind for score in evaluation.scores))
+    for kind in kinds:
+        cases = [(kind, image_id) for image_id in evaluation.image_ids(kind)[:num_rows]]
+        names = ["given", *evaluation.candidates, "truth"]
+        _write_sheet(folder / f"sheet_{kind}.png", folder=folder, cases=cases, names=names)
+    ids = {kind: evaluation.image_ids(kind) for kind in kinds}
+    turns = [kinds[row % len(kinds)] for row in range(num_rows)]
+    cases = [(kind, ids[kind][row]) for row, kind in enumerate(turns) if row < len(ids[kind])]
+    _write_sheet(folder / "sheet.png", folder=folder, cases=cases, names=SHORT_SHEET)
 
 
-def draw_sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Put equally large pictures (H, W, 3) uint8 into rows, with white gaps between them."""
-    height, width, _ = rows[0][0].shape
+def _write_sheet(
+    path: Path, *, folder: Path, cases: Sequence[tuple[str, int]], names: Sequence[str]
+) -> None:
+    """Put an evaluation's pictures on one sheet: a row a case, a column a name, with its heading.
+
+    Args:
+        path: a .png file.
+        folder: the evaluation's.
+        cases: kind of hole and id of the picture.
+        names: as `picture_path` knows them.
+    """
+    rows = [
+        [Image.open(picture_path(folder, kind, image_id=i, name=name)) for name in names]
+        for kind, i in cases
+    ]
+    width, height = rows[0][0].size
     scale = max(1, round(MIN_CELL_PX / width))
-    cell = (height * scale + GAP_PX, width * scale + GAP_PX)
-    shape = (len(rows) * cell[0] - GAP_PX, len(rows[0]) * cell[1] - GAP_PX, 3)
-    sheet = np.full(shape, 255, np.uint8)
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            enlarged = picture.repeat(scale, axis=0).repeat(scale, axis=1)
-            top, left = y * cell[0], x * cell[1]
-            sheet[top : top + height * scale, left : left + width * scale] = enlarged
-    return sheet
+    width, height = width * scale, height * scale
+    size = ((width + GAP_PX) * len(names) - GAP_PX, HEADING_PX + (height + GAP_PX) * len(rows))
+    sheet = Image.new("RGB", size, "white")
+    ink = ImageDraw.Draw(sheet)
+    for column, name in enumerate(names):
+        left = column * (width + GAP_PX)
+        ink.text((left + width / 2, HEADING_PX / 2), name, fill="black", anchor="mm")
+        for row, pictures in enumerate(rows):
+            enlarged = pictures[column].resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left, HEADING_PX + row * (height + GAP_PX)))
+    with replace_atomically(path) as temporary:
+        sheet.save(temporary, format="PNG")
 
 
 def _plain(value: object) -> object:

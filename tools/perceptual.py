@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tools.evaluation_files import Evaluation
+from tools.evaluation_files import Evaluation, picture_path
 
 PACKAGES = ("torchvision", "torch_fidelity")
 
@@ -55,7 +55,7 @@ def measure(evaluation: Evaluation) -> dict[str, dict[str, dict[str, float]]]:
 def _read(evaluation: Evaluation, *, kind: str, name: str) -> Tensor:
     """Return all pictures of one name, (N, 3, H, W) uint8."""
     paths = [
-        evaluation.picture_path(kind, image_id=image_id, name=name)
+        picture_path(evaluation.folder, kind, image_id=image_id, name=name)
         for image_id in evaluation.image_ids(kind)
     ]
     pictures = np.stack([np.asarray(Image.open(path)) for path in paths])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,37 @@ def test_what_cannot_work_is_one_line(
     assert evaluate.main(command(place, tmp_path, *flags)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert message in line
+
+
+def test_a_second_controlnet_is_measured_beside_the_first(place: Path, tmp_path: Path) -> None:
+    flags = ("--hole_kinds", "thick", "--num_pictures", "1")
+    other = torch.load(place / "controlnet.pth", weights_only=True)
+    torch.save({name: 1.5 * tensor for name, tensor in other.items()}, tmp_path / "other.pth")
+    for name in ("controlnet.pth", "other.pth"):
+        weights = str((place if name == "controlnet.pth" else tmp_path) / name)
+        output_dir = tmp_path / f"with {name}"
+        assert evaluate.main(command(place, output_dir, *flags, "--compare_with", weights)) == 0
+        results = json.loads((output_dir / "results.json").read_text("utf-8"))
+        first, second = results["summaries"]["thick"][:2]
+        assert (first["candidate"], second["candidate"]) == ("ControlNet", "second ControlNet")
+        assert (first["means"] == second["means"]) == (name == "controlnet.pth")
+
+
+def test_a_torn_picture_is_left_out_and_only_torn_ones_are_a_mistake(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = shutil.copytree(place / "scenes" / "images", tmp_path / "images")
+    first, *others = sorted(images.iterdir())
+    flags = ("--hole_kinds", "thick")
+    first.write_bytes(first.read_bytes()[:100])
+    assert evaluate.main(command(place, tmp_path / "e", *flags, image_dir=images)) == 0
+    assert capsys.readouterr().err.count(f"left out: {first}") == 1
+    results = json.loads((tmp_path / "e" / "results.json").read_text("utf-8"))
+    assert results["summaries"]["thick"][0]["num_pictures"] == len(others)
+    for path in others:
+        path.write_bytes(path.read_bytes()[:100])
+    assert evaluate.main(command(place, tmp_path / "f", *flags, image_dir=images)) == 2
+    assert "error: --image_dir must hold a readable picture" in capsys.readouterr().err
 
 
 def test_without_annotations_there_are_no_object_holes(place: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class Command:
     """
 
     def __init__(
-        self, arguments: Sequence[str], *, output_dir: Path, limit_s: float = 120.0
+        self, arguments: Sequence[str], *, output_dir: Path, limit_s: float = 300.0
     ) -> None:
         self.output_dir = output_dir
         self.log_path = output_dir.parent / f"{output_dir.name}.{time.monotonic_ns()}.log"

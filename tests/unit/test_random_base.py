@@ -7,8 +7,9 @@ import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from transformers import CLIPTokenizer
 
-from demo.random_base import write_random_base
+from demo.random_base import learn_merges, write_byte_tokenizer, write_random_base
 
 
 @pytest.mark.parametrize("stride", [4, 8])
@@ -88,3 +89,12 @@ def test_impossible_sizes_are_refused(tmp_path: Path) -> None:
         write_random_base(tmp_path, stride=6)
     with pytest.raises(ValueError, match=r"image_size must be a multiple of 8 .*, got 60"):
         write_random_base(tmp_path, image_size=60)
+
+
+def test_learnt_merges_spell_frequent_words_in_one_token(tmp_path: Path) -> None:
+    texts = ["a red house by the lake", "Two red houses, one lake"] * 10
+    write_byte_tokenizer(tmp_path, merges=learn_merges(texts))
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.tokenize("red house, lake") == ["red</w>", "house</w>", ",</w>", "lake</w>"]
+    assert tokenizer.decode(tokenizer("a rude 狗").input_ids[1:-1]).strip() == "a rude 狗"
+    assert len(learn_merges(texts, num_merges=3)) == 3
