@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 # What a hole becomes when nothing is known: mid-grey, about 0 in the VAE's range.
 NEUTRAL_GREY = 128.0
+FOUR_NEIGHBOURS = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]], np.float32)
 
 
 # Geometry: source pixels -> working pixels -> source pixels
@@ -218,6 +220,40 @@ def _pull_push(pixels: Tensor, known: Tensor) -> Tensor:
     coarse = _pull_push(mean, (share > 0).float())
     smooth = F.interpolate(coarse, size=known.shape[-2:], mode="bilinear")
     return torch.where(known > 0, pixels, smooth)
+
+
+def meet_edge(
+    fill: np.ndarray, *, image: np.ndarray, mask: np.ndarray, width_px: int
+) -> np.ndarray:
+    """Take from a fill what would show as a seam: its error at the hole's edge, which is known.
+
+    A VAE gives known pixels back changed, and latent cells know no finer edge than their own side.
+    Outside the hole the difference to the image is known; it is carried into the hole, ring by
+    ring, each pixel the mean of its four neighbours in the rings before, and fades out over
+    width_px.
+
+    Args:
+        fill: (H, W, 3) uint8, drawn on both sides of the edge.
+        image: (H, W, 3) uint8; what lies under the hole isn't looked at.
+        mask: (H, W) uint8, 1 = hole.
+        width_px: how far into the hole the fill changes.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    reached = (mask == 0).astype(np.float32)
+    difference = (image.astype(np.float32) - fill) * reached[..., None]
+    change = np.zeros_like(difference)
+    for ring in range(width_px):
+        total, count = (
+            cv2.filter2D(part, -1, FOUR_NEIGHBOURS, borderType=cv2.BORDER_REFLECT)
+            for part in (difference, reached)
+        )
+        is_next = (reached == 0) & (count > 0.5)
+        difference[is_next] = total[is_next] / count[is_next][:, None]
+        reached[is_next] = 1
+        change[is_next] = difference[is_next] * (1 - ring / width_px)
+    return np.rint(fill + change).clip(0, 255).astype(np.uint8)
 
 
 def blend(image: np.ndarray, *, fill: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,12 +33,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from inpainting.diffusion import make_conditioning
 from inpainting.holes import (
+    WorkingArea,
     blend,
     cover_cells,
     fade_mask,
     fill_hole,
     from_working,
     mask_to_working,
+    meet_edge,
     to_working,
     working_area,
 )
@@ -140,7 +144,6 @@ def check_steps(*, num_inference_steps: int, strength: float) -> None:
         )
 
 
-@torch.no_grad()
 def inpaint(
     pipeline: InpaintPipeline,
     *,
@@ -184,17 +187,108 @@ def inpaint(
     Raises:
         FloatingPointError: the networks overflowed in their dtype.
     """
+    working = make_working(
+        pipeline,
+        image=image,
+        mask=mask,
+        image_size=image_size,
+        crop_to_mask=crop_to_mask,
+        context_px=max(MIN_CONTEXT_PX, mask_blur),
+        is_neutral=strength == 1.0,
+    )
+    fills = draw_fills(
+        pipeline,
+        working,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        seeds=seeds,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        conditioning_scale=conditioning_scale,
+        strength=strength,
+    )
+    paste_one = partial(paste, image=image, mask=mask, working=working, mask_blur=mask_blur)
+    return [paste_one(fill) for fill in fills]
+
+
+@dataclass(frozen=True)
+class Working:
+    """A picture and its hole as the networks get them.
+
+    Attributes:
+        area: which part of the picture it is, and how it was brought to its size.
+        image: (h, w, 3) uint8; what lies under the hole is replaced or, if that was asked for, not.
+        mask: (h, w) uint8, 1 = hole.
+        cell_px: side of a latent cell.
+    """
+
+    area: WorkingArea
+    image: np.ndarray
+    mask: np.ndarray
+    cell_px: int
+
+
+def make_working(
+    pipeline: InpaintPipeline,
+    *,
+    image: np.ndarray,
+    mask: np.ndarray,
+    image_size: int,
+    crop_to_mask: bool = False,
+    context_px: int = MIN_CONTEXT_PX,
+    is_neutral: bool = True,
+) -> Working:
+    """Cut and resize what the networks get.
+
+    Args:
+        pipeline: from `make_pipeline`.
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) uint8, 1 = hole.
+        image_size: working pixels of the crop's short side.
+        crop_to_mask: work on the hole and its surroundings instead of the whole picture.
+        context_px: of the surroundings, at least.
+        is_neutral: fill the hole from its surroundings first, so that nothing under it is seen.
+    """
     area = working_area(
         mask,
         image_size=image_size,
         multiple=pipeline.vae_scale_factor * unet_stride(pipeline.unet),
         crop_to_mask=crop_to_mask,
-        context_px=max(MIN_CONTEXT_PX, mask_blur),
+        context_px=context_px,
     )
     crop, crop_mask = image[area.rows, area.columns], mask[area.rows, area.columns]
-    start = fill_hole(crop, mask=crop_mask) if strength == 1.0 else crop
-    pixels = torch.from_numpy(to_working(start, area=area)).permute(2, 0, 1)[None]
-    hole = torch.from_numpy(mask_to_working(crop_mask, area=area))[None, None]
+    start = fill_hole(crop, mask=crop_mask) if is_neutral else crop
+    return Working(
+        area=area,
+        image=to_working(start, area=area),
+        mask=mask_to_working(crop_mask, area=area),
+        cell_px=pipeline.vae_scale_factor,
+    )
+
+
+@torch.no_grad()
+def draw_fills(
+    pipeline: InpaintPipeline,
+    working: Working,
+    *,
+    prompt: str,
+    negative_prompt: str,
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    guidance_scale: float,
+    conditioning_scale: float,
+    strength: float,
+) -> list[np.ndarray]:
+    """Let the networks draw, once for each seed, as one batch; arguments as those of `inpaint`.
+
+    Returns:
+        (h, w, 3) uint8 each, the whole working picture: about the known pixels, and the fill.
+
+    Raises:
+        FloatingPointError: the networks overflowed in their dtype.
+    """
+    pixels = torch.from_numpy(working.image).permute(2, 0, 1)[None]
+    hole = torch.from_numpy(working.mask)[None, None]
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     with _reconcile_dtypes(pipeline):
         latents = pipeline(
@@ -211,12 +305,40 @@ def inpaint(
             generator=generators,
             output_type="latent",
         ).images  # type: ignore[union-attr]
+    return [decode(pipeline.vae, sample[None]) for sample in latents]  # type: ignore[index]
+
+
+def paste(
+    fill: np.ndarray,
+    *,
+    image: np.ndarray,
+    mask: np.ndarray,
+    working: Working,
+    mask_blur: int = 0,
+    meets_edge: bool = True,
+) -> np.ndarray:
+    """Put what was drawn into the hole; outside of it, mask_blur aside, no pixel changes.
+
+    Args:
+        fill: (h, w, 3) uint8 at working size.
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) uint8, 1 = hole.
+        working: made of both.
+        mask_blur: source pixels outside the hole over which the fill fades out.
+        meets_edge: take the seam away; without effect where the fill fades out.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    if meets_edge and mask_blur == 0:
+        fill = meet_edge(fill, image=working.image, mask=working.mask, width_px=working.cell_px)
+    area = working.area
     fade = fade_mask(mask, width_px=mask_blur)[area.rows, area.columns]
-    results = [image.copy() for _ in seeds]
-    for result, sample in zip(results, latents, strict=True):
-        fill = from_working(decode(pipeline.vae, sample[None]), area=area)  # type: ignore[index]
-        result[area.rows, area.columns] = blend(crop, fill=fill, weight=fade)
-    return results
+    result = image.copy()
+    result[area.rows, area.columns] = blend(
+        image[area.rows, area.columns], fill=from_working(fill, area=area), weight=fade
+    )
+    return result
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> np.ndarray:

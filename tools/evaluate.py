@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # the imports of torch and diffusers take seconds: --help mus
 
 logger = logging.getLogger("evaluate")
 
+Candidate = Callable[["Case"], "dict[str, list[np.ndarray]]"]
+
 GREY = 127  # what stands in the hole of a picture that is given away
 NUM_SHEET_ROWS = 8
 USER_ERRORS = (ValueError, OSError)
@@ -141,7 +143,7 @@ def evaluate(args: argparse.Namespace) -> None:
             continue
         if case is None:
             continue
-        results = {name: candidate(case) for name, candidate in candidates.items()}
+        results = {name: fills for fill in candidates for name, fills in fill(case).items()}
         scores = {
             name: score_samples(samples, truth=case.truth, given=case.given, mask=case.mask)
             for name, samples in results.items()
@@ -251,21 +253,25 @@ def make_candidates(
     loaded: LoadedPipeline,
     second: LoadedPipeline | None,
     image_size: int,
-) -> dict[str, Callable[[Case], list[np.ndarray]]]:
-    """Return who fills the holes: name -> samples of a case."""
+) -> list[Candidate]:
+    """Return who fills the holes."""
     from inpainting.classic_fills import fill_mean_color, fill_navier_stokes, fill_telea
 
     steer = partial(sample, args=args, image_size=image_size)
-    candidates: dict[str, Callable[[Case], list[np.ndarray]]] = {
-        "ControlNet": partial(steer, loaded=loaded, conditioning_scale=1.0)
-    }
+    candidates: list[Candidate] = [partial(steer, loaded=loaded, names=("ControlNet", None))]
     if second is not None:
-        candidates["second ControlNet"] = partial(steer, loaded=second, conditioning_scale=1.0)
+        candidates.append(partial(steer, loaded=second, names=("second ControlNet", None)))
     # With its residuals at zero the ControlNet is not there: same pipeline, steps and seeds.
-    candidates["base alone"] = partial(steer, loaded=loaded, conditioning_scale=0.0)
+    candidates.append(
+        partial(
+            steer, loaded=loaded, conditioning_scale=0.0, names=("base, edge met", "base alone")
+        )
+    )
     for name, fill in (("Telea", fill_telea), ("Navier-Stokes", fill_navier_stokes),
                        ("mean colour", fill_mean_color)):  # fmt: skip
-        candidates[name] = lambda case, fill=fill: [fill(case.given, mask=case.mask)]
+        candidates.append(
+            lambda case, name=name, fill=fill: {name: [fill(case.given, mask=case.mask)]}
+        )
     return candidates
 
 
@@ -275,17 +281,28 @@ def sample(
     loaded: LoadedPipeline,
     args: argparse.Namespace,
     image_size: int,
-    conditioning_scale: float,
-) -> list[np.ndarray]:
-    """Draw a case's samples from the networks, (H, W, 3) uint8 each."""
+    names: tuple[str, str | None],
+    conditioning_scale: float = 1.0,
+) -> dict[str, list[np.ndarray]]:
+    """Draw a case's samples from the networks, (H, W, 3) uint8 each.
+
+    Args:
+        case: the hole to fill.
+        loaded: the networks.
+        args: the command's.
+        image_size: the case's, in pixels.
+        names: what the samples are called, and what they are called as diffusers' pipeline leaves
+            them, with their seams; None: they aren't wanted.
+        conditioning_scale: weight of the ControlNet's residuals.
+    """
     from inpainting.randomness import generator
-    from inpainting.sampling import inpaint
+    from inpainting.sampling import draw_fills, make_working, paste
 
     rng = generator(args.seed, f"evaluation-{case.kind}", case.image_id)
-    return inpaint(
+    working = make_working(loaded.pipeline, image=case.given, mask=case.mask, image_size=image_size)
+    fills = draw_fills(
         loaded.pipeline,
-        image=case.given,
-        mask=case.mask,
+        working,
         prompt=case.prompt,
         negative_prompt="",
         seeds=rng.integers(2**31, size=args.num_samples).tolist(),
@@ -293,10 +310,12 @@ def sample(
         guidance_scale=args.guidance_scale,
         conditioning_scale=conditioning_scale,
         strength=1.0,
-        image_size=image_size,
-        crop_to_mask=False,
-        mask_blur=0,
     )
+    return {
+        name: [paste(fill, image=case.given, mask=case.mask, working=working, meets_edge=meets)
+               for fill in fills]
+        for name, meets in zip(names, (True, False), strict=True) if name is not None
+    }  # fmt: skip
 
 
 def list_cases(index: CocoIndex, *, args: argparse.Namespace) -> list[tuple[str, int]]:

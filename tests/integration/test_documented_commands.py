@@ -405,15 +405,6 @@ def test_make_runs_what_it_says(command: str) -> None:
     assert result.stdout.splitlines()[-1].endswith(MAKES[command])
 
 
-def test_the_readmes_picture_can_be_drawn_again(place: Place) -> None:
-    (place.folder / "docs").mkdir()
-    (command,) = re.findall(r"`(python -m demo\.\w+ .*?)`", (ROOT / "README.md").read_text("utf-8"))
-    code, output = run(command, place)
-    assert code == 0, output
-    path = command.split()[-1]
-    assert Image.open(place.folder / path).size == Image.open(ROOT / path).size
-
-
 def test_the_demo_ends_with_a_table_and_a_picture(place: Place) -> None:
     code, output = run("python -m demo --max_steps 2 --num_pictures 2", place)
     assert code == 0, output

@@ -17,7 +17,9 @@ from model import build_controlnet, load_base
 from tools import evaluate
 
 SIZE_PX = 64
-CANDIDATES = ["ControlNet", "base alone", "Telea", "Navier-Stokes", "mean colour"]
+CANDIDATES = [
+    "ControlNet", "base, edge met", "base alone", "Telea", "Navier-Stokes", "mean colour",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -150,6 +150,29 @@ def test_hole_continues_its_surroundings() -> None:
     assert np.all(holes.fill_hole(image, mask=np.ones_like(mask)) == 128)
 
 
+def test_a_fill_meets_the_edge_and_stays_itself_further_in() -> None:
+    """A fill of the right picture, but darker all over: the error is gone where it would show."""
+    image = np.full((32, 32, 3), 200, np.uint8)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:, 8:] = 1  # to the picture's border, where there is no edge
+    fill = np.full_like(image, 120)
+    met = holes.meet_edge(fill, image=image, mask=mask, width_px=4)
+    assert (met[:, 8:] == met[:1, 8:]).all()
+    assert met[0, 8:, 0].tolist() == [200, 180, 160, 140, *[120] * 20]
+    changed = np.where(mask[..., None] == 1, np.uint8(7), image)
+    assert np.array_equal(met, holes.meet_edge(fill, image=changed, mask=mask, width_px=4))
+
+
+def test_a_fill_that_is_right_outside_the_hole_isnt_changed() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[5:20, 8:30] = 1
+    fill = np.where(mask[..., None] == 1, np.uint8(9), image)
+    assert np.array_equal(holes.meet_edge(fill, image=image, mask=mask, width_px=8), fill)
+    nothing_known = np.ones_like(mask)
+    assert np.array_equal(holes.meet_edge(fill, image=image, mask=nothing_known, width_px=8), fill)
+
+
 def test_blend_returns_exact_bits_at_both_ends(image: np.ndarray) -> None:
     fill = 255 - image
     weight = np.zeros(image.shape[:2], dtype=np.uint8)
