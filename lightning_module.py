@@ -144,20 +144,20 @@ class InpaintingControlNet(pl.LightningModule):
 
         Training takes what is written, so that hit and miss are the same bits.
         """
-        slots = batch.pop("slot", None)
-        if slots is None:
+        slots, moments = batch.pop("slot", None), batch.get("moments")
+        if slots is None or moments is None:
             return batch
         assert self.moments_cache is not None
         for i, numbers in enumerate(slots.tolist()):
             slot = Slot(*numbers)
             if slot == NO_SLOT:
                 continue
-            moments = self.moments_cache.read(slot)  # written since the loader looked?
-            if moments is None:
+            encoded = self.moments_cache.read(slot)  # written since the loader looked?
+            if encoded is None:
                 self.base.move_vae(self.device)
-                moments = self.base.encode_alone(batch["image"][i].to(self.device))
-                self.moments_cache.write(slot, moments)
-            batch["moments"][i] = torch.from_numpy(moments)
+                encoded = self.base.encode_alone(batch["image"][i].to(self.device))
+                self.moments_cache.write(slot, encoded)
+            moments[i] = torch.from_numpy(encoded)
         return batch
 
     def _put_vae_away(self) -> None:

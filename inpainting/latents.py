@@ -60,7 +60,7 @@ NO_SLOT = Slot(-1, -1, -1)
 
 def tag_pixels(image: np.ndarray) -> int:
     """Hash what the VAE is given, (H, W, 3) uint8, to 64 signed bits."""
-    digest = hashlib.blake2b(np.ascontiguousarray(image), digest_size=8).digest()
+    digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
