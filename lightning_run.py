@@ -181,7 +181,7 @@ def describe_moments_cache(cache: MomentsCache, *, num_slots: int) -> None:
         full / 1e9, stored / 1e9, cache.folder,
     )  # fmt: skip
     room = free_bytes(cache.folder) - cache.min_free_bytes
-    if full - stored > room:
+    if full - stored > room and is_first_process():
         logger.warning(
             "warning: %.2f GB of latents are still to be kept, and the disk has room for %.2f GB: "
             "the others are encoded in each epoch. Name a larger disk: --cache_latents DIR",
