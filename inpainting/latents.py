@@ -152,12 +152,12 @@ class MomentsCache:
         record = bytearray(self._slot_bytes)
         path, offset = self._place(slot)
         try:
-            num_bytes = os.preadv(self._open(path, os.O_RDONLY), [record], offset)
+            os.preadv(self._open(path, os.O_RDONLY), [record], offset)
         except OSError:  # not there yet, or a failing disk: encoding gives the same
             return None
         tag, checksum, _ = _HEADER.unpack_from(record)
         body = memoryview(record)[_HEADER.size :]
-        if num_bytes < self._slot_bytes or tag != slot.tag or zlib.crc32(body) != checksum:
+        if tag != slot.tag or zlib.crc32(body) != checksum:
             return None
         return np.frombuffer(body, dtype="<f2").reshape(self.moments_shape)
 

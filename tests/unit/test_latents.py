@@ -59,6 +59,16 @@ def test_what_was_written_comes_back_in_other_processes_and_runs(tmp_path) -> No
     moments[0, 0, 0] = 1  # a batch is made of it
 
 
+def test_another_process_opens_the_files_itself(tmp_path) -> None:
+    cache = open_cache(tmp_path)
+    slot = cache.slot(0, view=1, tag=5)
+    cache.write(slot, moments_of(0))
+    copied = pickle.loads(pickle.dumps(cache))
+    for descriptor in cache._files.values():
+        os.close(descriptor)  # a loader worker that isn't forked hasn't got them
+    assert_holds(copied, slot, moments_of(0))
+
+
 def test_a_picture_keeps_its_slot_when_others_come_and_go(tmp_path) -> None:
     before = open_cache(tmp_path)
     before.write(before.slot(1, view=1, tag=5), moments_of(0))
@@ -139,6 +149,14 @@ def test_a_full_disk_turns_writing_off_in_one_line(tmp_path, monkeypatch, caplog
     ]
     assert cache.read(torn) is None, "half a slot"
     assert_holds(cache, kept, moments_of(0))
+
+
+def test_a_write_that_the_system_cuts_short_goes_on(tmp_path, monkeypatch) -> None:
+    cache = open_cache(tmp_path)
+    slot, pwrite = cache.slot(1, view=1, tag=5), os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, record, offset: pwrite(fd, record[:100], offset))
+    cache.write(slot, moments_of(0))
+    assert_holds(cache, slot, moments_of(0))
 
 
 def test_writing_ends_where_the_disk_must_stay_free(tmp_path, monkeypatch, caplog) -> None:
