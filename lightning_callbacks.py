@@ -268,6 +268,7 @@ def _show_inpaintings(trainer: pl.Trainer, samples: list[Sample], fills: list[np
 def _inpaint(module: InpaintingControlNet, sample: Sample) -> np.ndarray:
     """Fill a sample's hole with the networks in memory, (H, W, 3) uint8."""
     base = module.base
+    base.move_vae(module.device)
     pipeline = make_pipeline(
         vae=base.vae,
         unet=base.unet,

@@ -22,6 +22,7 @@ from transformers import CLIPTokenizer
 
 from data import CocoInpaintingDataset, Sample, SampleRule
 from inpainting.coco import CocoIndex
+from inpainting.latents import MomentsCache
 from inpainting.randomness import generator
 
 Address = tuple[int, int]
@@ -225,6 +226,7 @@ class InpaintingDataModule(pl.LightningDataModule):
         accumulate_grad_batches: micro-batches per optimizer step.
         overfit_batches: train (and validate) on this many batches only; 0 = on all.
         position: where in the epoch the run is.
+        moments_cache: where the VAE's moments are kept, or None.
     """
 
     def __init__(
@@ -239,6 +241,7 @@ class InpaintingDataModule(pl.LightningDataModule):
         accumulate_grad_batches: int,
         overfit_batches: int,
         position: ResumePosition,
+        moments_cache: MomentsCache | None,
     ) -> None:
         super().__init__()
         self.batch_size = batch_size
@@ -252,11 +255,13 @@ class InpaintingDataModule(pl.LightningDataModule):
             train_rows = np.sort(order[: overfit_batches * batch_size])
             val_rows = train_rows if val_split > 0 else val_rows
         self.train_set = CocoInpaintingDataset(
-            index, rows=train_rows, tokenizer=tokenizer, rule=rule, is_training=True
-        )
+            index, rows=train_rows, tokenizer=tokenizer, rule=rule, is_training=True,
+            moments_cache=moments_cache,
+        )  # fmt: skip
         self.val_set = CocoInpaintingDataset(
-            index, rows=val_rows, tokenizer=tokenizer, rule=rule, is_training=False
-        )
+            index, rows=val_rows, tokenizer=tokenizer, rule=rule, is_training=False,
+            moments_cache=moments_cache,
+        )  # fmt: skip
 
     def train_sampler(self, *, rank: int, world_size: int) -> EpochBatchSampler:
         """Return the order of the training pictures for one rank."""

@@ -22,6 +22,7 @@ from inpainting.diffusion import (
     normalize_image,
     prediction_target,
 )
+from inpainting.latents import NO_SLOT, MomentsCache, Slot
 from inpainting.validation import losses_by_place, summarize_losses
 from model import Base, predict_noise
 
@@ -51,6 +52,7 @@ class InpaintingControlNet(pl.LightningModule):
         ema_decay: decay of the average of the ControlNet's parameters, or None for no average.
         precision: "32", "bf16-mixed" or "16-mixed".
         gradient_checkpointing: recompute activations in backward, the frozen decoder's too.
+        moments_cache: what to keep missing moments in, or None: encode each batch as it comes.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class InpaintingControlNet(pl.LightningModule):
         ema_decay: float | None,
         precision: str,
         gradient_checkpointing: bool,
+        moments_cache: MomentsCache | None,
     ) -> None:
         super().__init__()
         self.base = base
@@ -79,6 +82,7 @@ class InpaintingControlNet(pl.LightningModule):
         self.snr_gamma = snr_gamma
         self.ema_decay = ema_decay
         self.precision = precision
+        self.moments_cache = moments_cache
         if gradient_checkpointing:
             controlnet.enable_gradient_checkpointing()
             base.unet.enable_gradient_checkpointing()
@@ -135,6 +139,36 @@ class InpaintingControlNet(pl.LightningModule):
         accumulator = torch.float32 if self.device.type == "mps" else torch.float64
         self.loss_sums = self.loss_sums.to(self.device, dtype=accumulator)
 
+    def on_before_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
+        """Encode what the cache lacks, while the batch is on the CPU: a hit costs no wait.
+
+        Training takes what is written, so that hit and miss are the same bits.
+        """
+        slots, moments = batch.pop("slot", None), batch.get("moments")
+        if slots is None or moments is None:
+            return batch
+        assert self.moments_cache is not None
+        for i, numbers in enumerate(slots.tolist()):
+            slot = Slot(*numbers)
+            if slot == NO_SLOT:
+                continue
+            encoded = self.moments_cache.read(slot)  # written since the loader looked?
+            if encoded is None:
+                self.base.move_vae(self.device)
+                encoded = self.base.encode_alone(batch["image"][i].to(self.device))
+                self.moments_cache.write(slot, encoded)
+            moments[i] = torch.from_numpy(encoded)
+        return batch
+
+    def _put_vae_away(self) -> None:
+        """Free the device of the VAE until a picture is missing in the cache, or is to be shown."""
+        if self.moments_cache is not None:
+            self.base.move_vae(torch.device("cpu"))
+
+    def on_train_start(self) -> None:
+        """Train without the VAE, after the sanity check."""
+        self._put_vae_away()
+
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch and add it to the running sums."""
         loss = self.loss(batch, self.controlnet).mean()
@@ -148,8 +182,10 @@ class InpaintingControlNet(pl.LightningModule):
         Source: Zhang et al. 2023, equation 1; Ho et al. 2020, equation 14.
         """
         base, timesteps, noise = self.base, batch["timestep"], batch["noise"]
-        image = normalize_image(batch["image"])
-        latents = base.encode_image(image, posterior_noise=batch["posterior_noise"])
+        moments = batch.get("moments")
+        if moments is None:
+            moments = base.encode_image(normalize_image(batch["image"]))
+        latents = base.sample_latents(moments, posterior_noise=batch["posterior_noise"])
         noisy_latents = base.noise_scheduler.add_noise(latents, noise, timesteps)  # type: ignore[arg-type]
         with self._autocast():
             model_pred = predict_noise(
@@ -177,6 +213,7 @@ class InpaintingControlNet(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Begin a new epoch mean."""
         self.loss_sums[2:] = 0
+        self._put_vae_away()
 
     def on_train_epoch_end(self) -> None:
         """Give the epoch's mean loss, over all ranks, to the checkpoints' names and ranking."""

@@ -16,9 +16,11 @@ from data import SampleRule
 from inpainting.checkpoints import base_hash
 from inpainting.coco import CocoIndex
 from inpainting.interop import describe_mismatch, read_controlnet_weights
+from inpainting.latents import MomentsCache, cache_key, free_bytes, hash_encoder
 from inpainting.record import InpaintingRecord
 from inpainting.runs import (
     adopt_checkpoint,
+    cache_dir,
     is_first_process,
     new_run_dir,
     read_checkpoint,
@@ -26,7 +28,7 @@ from inpainting.runs import (
     write_run_json,
 )
 from lightning_data import InpaintingDataModule, ResumePosition
-from lightning_module import InpaintingControlNet
+from lightning_module import FROZEN_DTYPES, InpaintingControlNet
 from lightning_trainer import build_trainer
 from model import Base, build_controlnet, load_base, load_controlnet_weights, shapes
 
@@ -72,26 +74,20 @@ def assemble(args: argparse.Namespace, *, index: CocoIndex, checkpoint_path: Pat
         load_controlnet_weights(controlnet, weights, source=args.controlnet_weights)
     if checkpoint_path is not None:
         _check_checkpoint(checkpoint_path, controlnet=controlnet, ema_decay=args.ema_decay)
+    rule = sample_rule(args, base=base)
+    moments_cache = open_moments_cache(args, base=base, index=index)
     position = ResumePosition()
-    side = args.image_size // base.stride
     datamodule = InpaintingDataModule(
         index,
         tokenizer=base.tokenizer,
-        rule=SampleRule(
-            image_size=args.image_size,
-            latent_shape=(base.vae.config["latent_channels"], side, side),
-            num_train_timesteps=base.noise_scheduler.config["num_train_timesteps"],
-            mask_types=args.mask_types,
-            mask_area_range=tuple(args.mask_area_range),
-            empty_prompt_prob=args.empty_prompt_prob,
-            seed=args.seed,
-        ),
+        rule=rule,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         val_split=args.val_split,
         accumulate_grad_batches=args.accumulate_grad_batches,
         overfit_batches=args.overfit_batches,
         position=position,
+        moments_cache=moments_cache,
     )
     record = _describe_weights(args, base=base)
     _count_steps(args, datamodule=datamodule, world_size=least_world_size(args))
@@ -114,6 +110,7 @@ def assemble(args: argparse.Namespace, *, index: CocoIndex, checkpoint_path: Pat
         ema_decay=args.ema_decay,
         precision=args.precision,
         gradient_checkpointing=args.gradient_checkpointing,
+        moments_cache=moments_cache,
     )
     logger.info(
         "%d pictures train, %d validate; %d optimizer steps per epoch; "
@@ -121,8 +118,75 @@ def assemble(args: argparse.Namespace, *, index: CocoIndex, checkpoint_path: Pat
         len(datamodule.train_set), len(datamodule.val_set), steps_per_epoch, base.name,
         args.image_size, args.precision, world_size, args.accelerator,
     )  # fmt: skip
+    if moments_cache is not None:
+        num_slots = len(datamodule.train_set) * len(rule.views) + len(datamodule.val_set)
+        describe_moments_cache(moments_cache, num_slots=num_slots)
     logger.info("run folder: %s", run_dir)
     return Run(args, trainer, module, datamodule, record, run_dir, checkpoint_path)
+
+
+def sample_rule(args: argparse.Namespace, *, base: Base) -> SampleRule:
+    """Return what the flags say of a sample."""
+    return SampleRule(
+        image_size=args.image_size,
+        latent_shape=_latent_shape(args, base=base),
+        num_train_timesteps=base.noise_scheduler.config["num_train_timesteps"],
+        mask_types=args.mask_types,
+        mask_area_range=tuple(args.mask_area_range),
+        empty_prompt_prob=args.empty_prompt_prob,
+        num_crops=args.num_crops,
+        seed=args.seed,
+    )
+
+
+def _latent_shape(args: argparse.Namespace, *, base: Base) -> tuple[int, int, int]:
+    side = args.image_size // base.stride
+    return base.vae.config["latent_channels"], side, side
+
+
+def open_moments_cache(
+    args: argparse.Namespace, *, base: Base, index: CocoIndex
+) -> MomentsCache | None:
+    """Return the cache that --cache_latents names; None where it is off.
+
+    Under `auto` half of the disk that would be free without it stays free. A disk without room
+    changes no bit of a run, so that it can be resumed beside a full disk: a miss is rounded too.
+    """
+    if args.cache_latents == "off":
+        return None
+    is_auto = args.cache_latents == "auto"
+    folder = cache_dir() / "latents" if is_auto else Path(args.cache_latents)
+    channels, *sides = _latent_shape(args, base=base)
+    cache = MomentsCache(
+        folder / cache_key(
+            image_dir=index.image_dir,
+            encoder=hash_encoder(base.vae),
+            dtype=FROZEN_DTYPES[args.precision][1],
+            device_type="gpu" if args.accelerator == "auto" else args.accelerator,
+            image_size=args.image_size,
+        ),
+        image_ids=index.image_ids,
+        moments_shape=(2 * channels, sides[0], sides[1]),
+    )  # fmt: skip
+    if is_auto:
+        cache.min_free_bytes = (free_bytes(folder) + cache.stored_bytes()) // 2
+    return cache
+
+
+def describe_moments_cache(cache: MomentsCache, *, num_slots: int) -> None:
+    """Say what the cache takes of the disk, and whether it has room."""
+    full, stored = cache.full_bytes(num_slots=num_slots), cache.stored_bytes()
+    logger.info(
+        "latents: %.2f GB when all are kept, %.2f GB are there: %s",
+        full / 1e9, stored / 1e9, cache.folder,
+    )  # fmt: skip
+    room = free_bytes(cache.folder) - cache.min_free_bytes
+    if full - stored > room and is_first_process():
+        logger.warning(
+            "warning: %.2f GB of latents are still to be kept, and the disk has room for %.2f GB: "
+            "the others are encoded in each epoch. Name a larger disk: --cache_latents DIR",
+            (full - stored) / 1e9, max(room, 0) / 1e9,
+        )  # fmt: skip
 
 
 def least_world_size(args: argparse.Namespace) -> int:
@@ -220,6 +284,8 @@ def _open_run_dir(
 def _portable_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Return the resolved flags with local paths made absolute, for whoever finds the folder."""
     arguments = vars(args).copy()
+    if args.cache_latents not in ("auto", "off"):
+        arguments["cache_latents"] = str(Path(args.cache_latents).resolve())
     for name in ("image_dir", "ann_file", "caption_file", "controlnet_weights", "base_config",
                  "pretrained_model_name_or_path", "output_dir"):  # fmt: skip
         value = arguments[name]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
@@ -16,12 +17,15 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from inpainting.base import BaseConfig, read_base_config
+from inpainting.diffusion import normalize_image
 from inpainting.interop import describe_mismatch
+from inpainting.latents import round_moments
 from inpainting.single_file import read_single_file
 
 # Channels of diffusers' hint encoder; each entry after the first halves the picture once.
 HINT_CHANNELS = (16, 32, 96, 256, 256, 256)
 SINGLE_FILE_SD2_WIDTH = 1024
+LOG_VARIANCE_RANGE = (-30.0, 20.0)  # of diffusers' posterior
 GIB = 2**30
 
 Networks = tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]
@@ -73,21 +77,52 @@ class Base:
         for network, network_dtype in networks:
             nn.Module.to(network, device=device, dtype=network_dtype)
 
+    def move_vae(self, device: torch.device) -> None:
+        """Bring the VAE to where it is needed, or away from where it isn't."""
+        if self.vae.device != device:
+            nn.Module.to(self.vae, device=device)
+
     @torch.no_grad()
-    def encode_image(self, image: Tensor, *, posterior_noise: Tensor) -> Tensor:
-        """Sample latents from the VAE's posterior, outside autocast.
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Ask the VAE for the moments of its posterior, outside autocast.
 
         Args:
             image: (B, 3, H, W) float32 [-1, 1].
+
+        Returns:
+            (B, 2C, h, w) in the VAE's dtype: mean, then log-variance.
+        """
+        with torch.autocast(image.device.type, enabled=False):
+            encoded = self.vae.encode(image.to(self.vae.dtype))
+        return encoded.latent_dist.parameters  # type: ignore[union-attr]
+
+    def encode_alone(self, image: Tensor) -> np.ndarray:
+        """Encode one picture to what a MomentsCache keeps.
+
+        Alone: a VAE's last bits depend on the batch around a picture.
+
+        Args:
+            image: (3, H, W) uint8, where the VAE is.
+
+        Returns:
+            (2C, h, w) float16, on the CPU.
+        """
+        return round_moments(self.encode_image(normalize_image(image[None]))[0])
+
+    @torch.no_grad()
+    def sample_latents(self, moments: Tensor, *, posterior_noise: Tensor) -> Tensor:
+        """Draw latents from the VAE's posterior.
+
+        Args:
+            moments: (B, 2C, h, w), any dtype.
             posterior_noise: (B, C, h, w) float32, standard normal.
 
         Returns:
             (B, C, h, w) float32, scaled to about unit variance.
         """
-        with torch.autocast(image.device.type, enabled=False):
-            moments = self.vae.encode(image.to(self.vae.dtype)).latent_dist  # type: ignore[union-attr]
-        sample = moments.mean.float() + moments.std.float() * posterior_noise
-        return sample * self.vae.config["scaling_factor"]
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        std = torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE))
+        return (mean + std * posterior_noise) * self.vae.config["scaling_factor"]
 
     @torch.no_grad()
     def encode_prompt(self, input_ids: Tensor) -> Tensor:

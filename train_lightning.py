@@ -194,11 +194,15 @@ def _print_dry_run(args: argparse.Namespace, *, config: BaseConfig, num_images: 
         print(f"{name:32} {value}")
     effective_batch = args.batch_size * least_world_size(args) * args.accumulate_grad_batches
     num_train = round(num_images * (1 - args.val_split))
+    num_views = 2 * num_train * args.num_crops + num_images - num_train
     print(f"\n{num_images} pictures, about {num_train} of them train")
     print(f"{num_train // effective_batch} optimizer steps per epoch of {effective_batch} samples")
     print(f"{sizes['controlnet_parameters']:,} trained parameters")
     print(f"{sizes['weights_gib']:.1f} GiB per device before activations")
     print(f"{sizes['checkpoint_gib']:.2f} GiB per checkpoint")
+    if args.cache_latents != "off":
+        latents = config.vae["latent_channels"] * (args.image_size // config.stride) ** 2
+        print(f"{num_views * 4 * latents / 1e9:.2f} GB of cached latents")
 
 
 def train(run: Run) -> int:

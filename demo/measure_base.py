@@ -85,7 +85,8 @@ def caption_share(base: Base, image: Tensor, *, captions: Sequence[str]) -> floa
         rng = generator(UNSEEN_SEED, "pairs", index)
         shape = (NUM_PAIRS + 1, *latent_shape)
         draws = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-        latents = base.encode_image(normalize_image(image[index][None]), posterior_noise=draws[:1])
+        moments = base.encode_image(normalize_image(image[index][None]))
+        latents = base.sample_latents(moments, posterior_noise=draws[:1])
         latents, noise = latents.expand(NUM_PAIRS, -1, -1, -1), draws[1:]
         noisy_latents = base.noise_scheduler.add_noise(latents, noise, timesteps)  # type: ignore[arg-type]
         target = prediction_target(

@@ -12,15 +12,13 @@ is one object of a picture. A cache folder is *fresh* while the picture folders 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -28,7 +26,7 @@ from typing import Any, TypedDict, cast
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from inpainting.atomic import sync
+from inpainting.atomic import alone_in, sync
 from inpainting.coco_build import Contents, build_contents, modified_ns
 from inpainting.coco_records import Problem
 
@@ -206,7 +204,7 @@ def _find_or_build(
     index = _find_fresh(image_dir, key=key, cache_dir=cache_dir)
     if index is not None:
         return index
-    with _alone_in(cache_dir):
+    with alone_in(cache_dir):  # all ranks of a run come here at once, with half a gigabyte each
         index = _find_fresh(image_dir, key=key, cache_dir=cache_dir)  # built while this one waited
         if index is None:
             contents = build_contents(image_dir, ann_file=ann_file, caption_file=caption_file)
@@ -225,18 +223,6 @@ def _find_fresh(image_dir: Path, *, key: str, cache_dir: Path) -> CocoIndex | No
                 os.utime(folder)
             return index
     return None
-
-
-@contextmanager
-def _alone_in(cache_dir: Path) -> Iterator[None]:
-    """Let one process build: all ranks of a run come here at once, with half a gigabyte each."""
-    lock = os.open(cache_dir, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks: then each builds, as _publish allows
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)  # unlocks, as a kill does
 
 
 def _prune(cache_dir: Path, *, in_use: Path) -> None:

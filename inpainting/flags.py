@@ -66,6 +66,19 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--image_size", type=int, help="pixels; default the base's own: SD 1.5 512, SD 2.1 768")
     add("--val_split", type=float, default=0.05, help="share that validates (default 0.05)")
     add(
+        "--num_crops",
+        type=int,
+        default=1,
+        help="fixed squares per picture, also mirrored (default 1)",
+    )
+    add(
+        "--cache_latents",
+        default="auto",
+        metavar="{auto,off,DIR}",
+        help="keep what the VAE's encoder says of each picture on disk: auto in the user's cache, "
+        "in half of its free space at most (default auto)",
+    )
+    add(
         "--mask_types",
         type=parse_mask_type_mixture,
         default="irregular=0.5,rectangle=0.2,object=0.3",

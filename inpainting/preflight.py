@@ -97,6 +97,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
         ("accumulate_grad_batches", 1), ("save_every_n_epochs", 1), ("save_every_n_steps", 1),
         ("save_top_k", -1), ("log_every_n_steps", 1), ("log_images_every_n_steps", 0),
         ("lr_warmup_steps", 0), ("num_nodes", 1), ("overfit_batches", 0), ("seed", 0),
+        ("num_crops", 1),
     ):  # fmt: skip
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
@@ -143,6 +144,8 @@ def _check_paths(args: argparse.Namespace) -> None:
         if value and not args.image_dir and name != "controlnet_weights":
             raise ValueError(f"--{name} needs --image_dir, got none. Name the pictures' folder.")
     check_output_dir(Path(args.output_dir))
+    if args.cache_latents not in ("auto", "off"):
+        check_output_dir(Path(args.cache_latents), flag="--cache_latents")
 
 
 def _warnings(args: argparse.Namespace) -> list[str]:

@@ -42,20 +42,20 @@ def is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in names)
 
 
-def check_output_dir(path: Path) -> None:
+def check_output_dir(path: Path, *, flag: str = "--output_dir") -> None:
     """Refuse a place for results, before anything is loaded, where no folder can be made.
 
     Raises:
-        NotADirectoryError, PermissionError: --output_dir can't be written to.
+        NotADirectoryError, PermissionError: what the flag names can't be written to.
     """
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     if not existing.is_dir():
         raise NotADirectoryError(
-            f"--output_dir must be a folder, got the file {existing}. Name another place."
+            f"{flag} must be a folder, got the file {existing}. Name another place."
         )
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(
-            f"--output_dir must be a folder that you may write to, got {path}. Name another place."
+            f"{flag} must be a folder that you may write to, got {path}. Name another place."
         )
 
 
@@ -209,7 +209,7 @@ def write_run_json(run_dir: Path, *, arguments: dict[str, Any], record: dict[str
         "arguments": arguments,
         "inpainting": record,
         "versions": {"python": platform.python_version(), **_package_versions()},
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "history": history,
     }
     write_text_atomically(path, json.dumps(run, indent=2, ensure_ascii=False) + "\n")
@@ -225,7 +225,7 @@ def _package_versions() -> dict[str, str]:
     return versions
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Return the commit of this code, None outside a checkout."""
     try:
         result = subprocess.run(

@@ -17,6 +17,7 @@ from data import CocoInpaintingDataset, Sample, SampleRule
 from demo.random_base import write_random_base
 from demo.scenes import write_scenes
 from inpainting.coco import CocoIndex
+from inpainting.latents import MomentsCache
 from lightning_module import InpaintingControlNet
 from model import Base, build_controlnet, load_base
 
@@ -75,6 +76,7 @@ def module(
     ema_decay: float | None = None,
     learning_rate: float = 1e-3,
     gradient_checkpointing: bool = False,
+    moments_cache: MomentsCache | None = None,
 ) -> InpaintingControlNet:
     """Build the LightningModule with plain settings."""
     return InpaintingControlNet(
@@ -89,10 +91,11 @@ def module(
         ema_decay=ema_decay,
         precision="32",
         gradient_checkpointing=gradient_checkpointing,
+        moments_cache=moments_cache,
     )
 
 
-def rule(*, seed: int = 42) -> SampleRule:
+def rule(*, seed: int = 42, num_crops: int = 1) -> SampleRule:
     """Return what samples of a tiny base with stride 8 look like."""
     return SampleRule(
         image_size=SIZE,
@@ -101,6 +104,7 @@ def rule(*, seed: int = 42) -> SampleRule:
         mask_types={"irregular": 0.4, "rectangle": 0.2, "object": 0.4},
         mask_area_range=(0.1, 0.3),
         empty_prompt_prob=0.5,
+        num_crops=num_crops,
         seed=seed,
     )
 
@@ -112,7 +116,12 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def dataset(
-    index: CocoIndex, rule: SampleRule, *, rows: Sequence[int] | None = None, is_training: bool
+    index: CocoIndex,
+    rule: SampleRule,
+    *,
+    rows: Sequence[int] | None = None,
+    is_training: bool,
+    moments_cache: MomentsCache | None = None,
 ) -> CocoInpaintingDataset:
     """Build a dataset over some rows of an index, or all of them."""
     return CocoInpaintingDataset(
@@ -121,6 +130,7 @@ def dataset(
         tokenizer=tokenizer(),
         rule=rule,
         is_training=is_training,
+        moments_cache=moments_cache,
     )
 
 

@@ -91,6 +91,7 @@ TRAINING = [command for command in COMMANDS if command.startswith("python train_
 FILLING = [command for command in COMMANDS if command.startswith("python infer.py")]
 EXPORTING = [command for command in COMMANDS if command.startswith("python -m tools.export")]
 EVALUATING = [command for command in COMMANDS if command.startswith("python -m tools.evaluate")]
+CACHING = [command for command in COMMANDS if command.startswith("python -m tools.cache_latents")]
 MULTI_NODE = [command for command in COMMANDS if command.startswith("torchrun")]
 WATCHING = [command for command in COMMANDS if command.startswith("tensorboard")]
 
@@ -243,6 +244,7 @@ def test_every_command_is_of_a_kind_that_is_tested() -> None:
         *FILLING,
         *EXPORTING,
         *EVALUATING,
+        *CACHING,
         *MULTI_NODE,
         *WATCHING,
         *INSTALLS,
@@ -319,6 +321,13 @@ def test_evaluating_command(command: str, place: Place) -> None:
     table = (place.folder / "outputs" / "evaluation" / "results.md").read_text("utf-8")
     assert "base alone" in table
     assert table.split("\n\n")[1] in output
+
+
+@pytest.mark.parametrize("command", CACHING)
+def test_caching_command(command: str, place: Place) -> None:
+    code, output = run(command, place)
+    assert code == 0, output
+    assert any((place.folder / "cache" / "controlnet-inpainting" / "latents").rglob("*.moments"))
 
 
 @pytest.mark.parametrize("command", MULTI_NODE)

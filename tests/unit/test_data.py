@@ -15,6 +15,7 @@ from PIL import Image
 
 from data import CocoInpaintingDataset, Sample
 from inpainting.coco import CocoIndex
+from inpainting.latents import NO_SLOT, MomentsCache, Slot
 from inpainting.masks import dilate
 from inpainting.randomness import generator
 from tests import tiny
@@ -211,7 +212,8 @@ def test_flip_and_crop_move_image_and_mask_together(tmp_path) -> None:
     x, y, w, h = 36, 4, 10, 50  # inside every square that can be cut, off its middle
     picture[y : y + h, x : x + w] = RED
     index = write_coco(tmp_path, [picture], [[x, y, w, h]])
-    rule = replace(tiny.rule(), mask_types={"object": 1.0}, mask_area_range=(0.05, 0.5))
+    rule = tiny.rule(num_crops=24)
+    rule = replace(rule, mask_types={"object": 1.0}, mask_area_range=(0.05, 0.5))
     dataset = tiny.dataset(index, rule, is_training=True)
     lefts, flips = set(), []
     for epoch in range(24):
@@ -228,6 +230,28 @@ def test_flip_and_crop_move_image_and_mask_together(tmp_path) -> None:
         lefts.add(int(min(ramp[0], ramp[-1])))
     assert 4 <= sum(flips) <= 20, flips
     assert len(lefts) > 10, lefts
+
+
+@pytest.mark.parametrize("num_crops", [1, 3])
+def test_a_picture_has_few_views_and_runs_with_other_seeds_the_same(tmp_path, num_crops) -> None:
+    columns = np.arange(128, dtype=np.uint8)
+    picture = np.broadcast_to(columns[None, :, None], (64, 128, 3)).copy()
+    index = write_coco(tmp_path, [picture, picture], [[50, 10, 20, 40]] * 2)
+    views = {}
+    for seed in (1, 2):
+        dataset = tiny.dataset(
+            index, tiny.rule(seed=seed, num_crops=num_crops), is_training=True
+        )  # fmt: skip
+        for position in (0, 1):
+            views[seed, position] = {
+                dataset[epoch, position]["image"].numpy().tobytes() for epoch in range(60)
+            }
+    assert {len(found) for found in views.values()} == {2 * num_crops}
+    assert views[1, 0] == views[2, 0]
+    assert views[1, 0] != views[1, 1], "each picture has its own crops"
+    mirrored = {np.frombuffer(v, np.uint8).reshape(3, 64, 64)[..., ::-1].tobytes()
+                for v in views[1, 0]}  # fmt: skip
+    assert mirrored == views[1, 0]
 
 
 def test_the_picture_keeps_its_aspect(tmp_path) -> None:
@@ -287,3 +311,49 @@ def test_a_split_without_one_readable_picture_is_refused(tmp_path, broken_index)
     dataset = tiny.dataset(broken_index, tiny.rule(), is_training=True)
     with pytest.raises(ValueError, match="at least one picture must be readable, got none"):
         dataset[0, 0]
+
+
+# ---- with a cache of the VAE's moments
+
+
+@pytest.fixture
+def cache(tmp_path, index) -> MomentsCache:
+    return MomentsCache(
+        tmp_path / "latents", image_ids=index.image_ids, moments_shape=(8, 8, 8)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_cache_adds_moments_and_changes_nothing_else(index, cache, is_training) -> None:
+    plain = tiny.dataset(index, tiny.rule(), is_training=is_training)
+    cached = tiny.dataset(index, tiny.rule(), is_training=is_training, moments_cache=cache)
+    missed = cached[3, 1]
+    assert missed.keys() - plain[3, 1].keys() == {"moments", "slot"}
+    assert not missed["moments"].any()
+    slot = Slot(*missed["slot"].tolist())
+    assert slot.view == 0 if not is_training else slot.view in (1, 2)
+    moments = np.random.default_rng(0).standard_normal((8, 8, 8)).astype(np.float16)
+    cache.write(slot, moments)
+    hit = cached[3, 1]
+    assert Slot(*hit["slot"].tolist()) == NO_SLOT
+    assert hit["moments"].numpy().tobytes() == moments.tobytes()
+    assert Slot(*cached[3, 2]["slot"].tolist()) != NO_SLOT, "another picture is still missing"
+    for sample in (missed, hit):
+        del sample["moments"], sample["slot"]
+        assert not differences(sample, plain[3, 1])
+
+
+def test_a_picture_that_changes_is_encoded_anew(tmp_path) -> None:
+    pictures = [np.full((64, 64, 3), 40 * i, np.uint8) for i in range(1, 3)]
+    index = write_coco(tmp_path, pictures, [[8, 8, 30, 30]] * 2)
+    cache = MomentsCache(
+        tmp_path / "latents", image_ids=index.image_ids, moments_shape=(8, 8, 8)
+    )  # fmt: skip
+    dataset = tiny.dataset(index, tiny.rule(), is_training=False, moments_cache=cache)
+    for position in (0, 1):
+        slot = Slot(*dataset[0, position]["slot"].tolist())
+        cache.write(slot, np.zeros((8, 8, 8), np.float16))
+    pictures[0][63, 63, 0] += 1
+    Image.fromarray(pictures[0]).save(tmp_path / "images" / "1.png")
+    assert Slot(*dataset[0, 0]["slot"].tolist()) != NO_SLOT
+    assert Slot(*dataset[0, 1]["slot"].tolist()) == NO_SLOT

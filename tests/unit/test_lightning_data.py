@@ -226,6 +226,7 @@ def datamodule(
         accumulate_grad_batches=1,
         overfit_batches=overfit_batches,
         position=position,
+        moments_cache=None,
     )
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
         current_epoch=epoch,

@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from inpainting.latents import MomentsCache, Slot
 from model import Base
 from tests import tiny
 
@@ -290,7 +291,8 @@ def test_the_base_loss_is_that_of_the_unet_alone_with_the_same_weights(
     got = validate(module, [batch], tmp_path)
     with torch.no_grad():
         image = batch["image"].float() / 127.5 - 1
-        latents = base.encode_image(image, posterior_noise=batch["posterior_noise"])
+        noise = batch["posterior_noise"]
+        latents = base.sample_latents(base.encode_image(image), posterior_noise=noise)
         noisy = base.noise_scheduler.add_noise(latents, batch["noise"], batch["timestep"])
         hidden = base.encode_prompt(batch["input_ids"])
         error = base.unet(noisy, batch["timestep"], hidden).sample - batch["noise"]
@@ -410,3 +412,102 @@ def test_gradient_checkpointing_reaches_the_frozen_decoder_and_changes_no_gradie
     assert num_runs == [2, 4], "each block must be run again in backward"
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-8)
+
+
+# ---- with a cache of the VAE's moments
+
+
+def open_cache(folder: Path) -> MomentsCache:
+    return MomentsCache(
+        folder, image_ids=tiny.coco_index().image_ids, moments_shape=(8, 8, 8)
+    )  # fmt: skip
+
+
+def cached_batches(cache: MomentsCache, *, batch_size: int = 2) -> torch.utils.data.DataLoader:
+    """Load one epoch of training batches that look their moments up."""
+    dataset = tiny.dataset(tiny.coco_index(), tiny.rule(), is_training=True, moments_cache=cache)
+    addresses = [(0, position) for position in range(8)]
+    batches = [addresses[i : i + batch_size] for i in range(0, 8, batch_size)]
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches)
+
+
+def train_cached(base: Base, folder: Path, cache: MomentsCache, *, num_epochs: int = 1):
+    """Train; returns the ControlNet's weights."""
+    network = tiny.controlnet(base, zero_convolutions_at=0.1)
+    module = tiny.module(base, network, moments_cache=cache)
+    fit = trainer(folder, max_steps=4 * num_epochs)
+    fit.fit(module, cached_batches(cache))
+    return module.controlnet.state_dict()
+
+
+@pytest.fixture
+def vae_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the pictures of each call of the VAE's encoder."""
+    calls: list[int] = []
+    encode_image = Base.encode_image
+
+    def count(self: Base, image: torch.Tensor) -> torch.Tensor:
+        calls.append(len(image))
+        return encode_image(self, image)
+
+    monkeypatch.setattr(Base, "encode_image", count)
+    return calls
+
+
+def test_hits_and_misses_train_to_the_same_bits(base, tmp_path, vae_calls) -> None:
+    filled, part = open_cache(tmp_path / "filled"), open_cache(tmp_path / "part")
+    missed = train_cached(base, tmp_path, filled)
+    assert vae_calls == [1] * 8, "each picture alone"
+    vae_calls.clear()
+    hit = train_cached(base, tmp_path, filled)
+    assert not vae_calls, "everything is cached"
+    batch, slots = next(iter(cached_batches(filled))), next(iter(cached_batches(part)))["slot"]
+    part.write(Slot(*slots[0].tolist()), batch["moments"][0].numpy())  # beside it a miss
+    mixed = train_cached(base, tmp_path, part)
+    assert vae_calls == [1] * 7
+    assert all(torch.equal(missed[n], hit[n]) for n in missed)
+    assert all(torch.equal(missed[n], mixed[n]) for n in missed)
+
+
+def test_a_cache_that_keeps_nothing_changes_no_bit(base, tmp_path, vae_calls) -> None:
+    """As on a full disk, beside which a run must be able to resume."""
+    (tmp_path / "file").write_text("")
+    nothing = train_cached(base, tmp_path, open_cache(tmp_path / "file" / "cache"), num_epochs=2)
+    assert len(vae_calls) == 16
+    kept = train_cached(base, tmp_path, open_cache(tmp_path / "cache"), num_epochs=2)
+    assert len(vae_calls) == 16 + 8
+    assert all(torch.equal(nothing[n], kept[n]) for n in kept)
+
+
+def test_what_rounding_the_moments_costs_is_small(base, tmp_path) -> None:
+    """Means and log-variances in float16: up to 2**-11 of each. Measured: 5e-7 of the loss."""
+    module = tiny.module(base, tiny.controlnet(base, zero_convolutions_at=0.1))
+    module.moments_cache = open_cache(tmp_path)
+    (batch,) = cached_batches(module.moments_cache, batch_size=8)
+    with torch.no_grad():
+        exact = module.loss(
+            {n: v for n, v in batch.items() if n != "moments"}, module.controlnet
+        ).mean()  # fmt: skip
+        rounded = module.loss(
+            module.on_before_batch_transfer(batch, 0), module.controlnet
+        ).mean()  # fmt: skip
+    difference = abs(rounded - exact) / exact
+    assert 0 < difference < 1e-5, f"{difference:.1e}"
+
+
+def test_the_vae_leaves_the_device_until_a_picture_is_missing(base, tmp_path, monkeypatch) -> None:
+    moves: list[str] = []
+    monkeypatch.setattr(Base, "move_vae", lambda self, device: moves.append(device.type))
+    cache = open_cache(tmp_path)
+    train_cached(base, tmp_path, cache)
+    assert moves == ["cpu", "cpu"] + ["cpu"] * 8, "put away twice, fetched for each miss"
+    moves.clear()
+    train_cached(base, tmp_path, cache)
+    assert moves == ["cpu", "cpu"], "nothing is missing"
+
+
+def test_without_a_cache_the_vae_stays(base, tmp_path, monkeypatch) -> None:
+    moves: list[str] = []
+    monkeypatch.setattr(Base, "move_vae", lambda self, device: moves.append(device.type))
+    trainer(tmp_path).fit(tiny.module(base, tiny.controlnet(base)), loader([tiny.batch(base)]))
+    assert not moves

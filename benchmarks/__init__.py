@@ -1,0 +1,1 @@
+"""Scripts that measure the trainer, and what they found."""

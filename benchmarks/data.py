@@ -1,0 +1,184 @@
+"""Time what makes a sample, stage by stage: milliseconds of one loader worker.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.data --image_dir data/coco/train2017
+
+The stages are the functions that data.py calls, timed where it calls them. Without --image_dir
+photograph-sized scenes are drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPTokenizer
+
+import data
+from benchmarks.timing import Spread, describe_machine
+from data import CocoInpaintingDataset, Sample, SampleRule
+from demo.random_base import write_byte_tokenizer
+from demo.scenes import write_scenes
+from inpainting.arguments import OneLineParser
+from inpainting.coco import CocoIndex
+from inpainting.latents import NO_SLOT, MomentsCache, Slot
+from inpainting.runs import cache_dir
+
+STRIDE = 8
+# What data.py calls, and what the table says of it.
+STAGES = {
+    "open_picture": "read and decode",
+    "resize_image": "cut and resize",
+    "draw_mask": "draw the hole",
+    "choose_prompt": "choose the prompt",
+    "tokenize": "tokenize",
+    "tag_pixels": "hash the pixels",
+    "_read_moments": "look up the moments, without the hash",
+}
+REST = "random numbers and the rest"
+MIXTURE = {"irregular": 0.5, "rectangle": 0.2, "object": 0.3}
+
+
+@contextmanager
+def timed_stages(names: Sequence[str]) -> Iterator[dict[str, float]]:
+    """Yield the ms that data.py's functions have taken, each without the stages within it."""
+    totals: dict[str, float] = defaultdict(float)
+    originals = {name: getattr(data, name) for name in names}
+    inner_ms = [0.0]
+
+    def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            inner_ms.append(0.0)
+            start = time.thread_time()
+            result = function(*args, **kwargs)
+            elapsed = (time.thread_time() - start) * 1e3
+            totals[name] += elapsed - inner_ms.pop()
+            inner_ms[-1] += elapsed
+            return result
+
+        return timed
+
+    for name, function in originals.items():
+        setattr(data, name, wrap(name, function))
+    try:
+        yield totals
+    finally:
+        for name, function in originals.items():
+            setattr(data, name, function)
+
+
+def measure(dataset: CocoInpaintingDataset, *, num_samples: int) -> dict[str, list[float]]:
+    """Return the ms of each stage and of the whole ("total"), by sample."""
+    times: dict[str, list[float]] = defaultdict(list)
+    for number in range(num_samples):
+        address = divmod(number, len(dataset))
+        with timed_stages([*STAGES]) as stages:
+            start = time.thread_time()
+            dataset[address]
+            total = (time.thread_time() - start) * 1e3
+        for name in STAGES:
+            times[STAGES[name]].append(stages[name])
+        times[REST].append(total - sum(stages.values()))
+        times["total"].append(total)
+    return times
+
+
+def fill(dataset: CocoInpaintingDataset, *, num_samples: int) -> None:
+    """Put zeros where the samples will look for moments, so that each look-up is a hit."""
+    cache = dataset.moments_cache
+    assert cache is not None
+    zeros = torch.zeros(cache.moments_shape, dtype=torch.float16).numpy()
+    for number in range(num_samples):
+        sample: Any = dataset[divmod(number, len(dataset))]
+        slot = Slot(*sample["slot"].tolist())
+        if slot != NO_SLOT:
+            cache.write(slot, zeros)
+
+
+def sample_bytes(sample: Sample) -> int:
+    """Return what of a sample goes to the device: all tensors but the slot."""
+    tensors = [v for n, v in sample.items() if isinstance(v, torch.Tensor) and n != "slot"]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def open_dataset(args: argparse.Namespace, folder: Path) -> CocoInpaintingDataset:
+    """Read the pictures that the flags name, or draw some, with a cache below a folder."""
+    if args.image_dir is None:
+        write_scenes(folder, num_scenes=args.num_scenes, size=args.scene_size, seed=0)
+        index = CocoIndex.from_annotations(
+            folder / "images",
+            ann_file=folder / "annotations" / "instances.json",
+            caption_file=folder / "annotations" / "captions.json",
+            cache_dir=folder / "index",
+        )
+    elif args.ann_file is None:
+        index = CocoIndex.from_folder(Path(args.image_dir), cache_dir=cache_dir() / "index")
+    else:
+        index = CocoIndex.from_annotations(
+            Path(args.image_dir), ann_file=Path(args.ann_file), cache_dir=cache_dir() / "index"
+        )
+    write_byte_tokenizer(folder / "tokenizer")
+    side = args.image_size // STRIDE
+    return CocoInpaintingDataset(
+        index,
+        rows=range(len(index)),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        rule=SampleRule(
+            image_size=args.image_size,
+            latent_shape=(4, side, side),
+            num_train_timesteps=1000,
+            mask_types=MIXTURE,
+            mask_area_range=(0.1, 0.3),
+            empty_prompt_prob=0.5,
+            num_crops=1,
+            seed=0,
+        ),
+        is_training=True,
+        moments_cache=MomentsCache(
+            folder / "latents", image_ids=index.image_ids, moments_shape=(8, side, side)
+        ),
+    )  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's flags."""
+    parser = OneLineParser(
+        prog="python -m benchmarks.data", allow_abbrev=False, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--image_dir", help="pictures; without it scenes are drawn")
+    add("--ann_file", help="COCO instances json")
+    add("--image_size", type=int, default=512, help="pixels (default 512)")
+    add("--num_samples", type=int, default=200, help="(default 200)")
+    add("--num_scenes", type=int, default=20, help="to draw (default 20)")
+    add("--scene_size", type=int, default=640, help="their side in pixels (default 640)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    args = build_parser().parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = open_dataset(args, Path(folder))
+        fill(dataset, num_samples=args.num_samples)
+        times = measure(dataset, num_samples=args.num_samples)
+        num_bytes = sample_bytes(dataset[0, 0])
+    source = args.image_dir or f"drawn scenes of {args.scene_size} px"
+    print(f"{source}, at {args.image_size} px; {describe_machine(torch.device('cpu'))}\n")
+    print("| stage | CPU ms per sample (quartiles) |\n|---|---|")
+    for name, values in times.items():
+        print(f"| {name} | {Spread.of(values)} |")
+    print(f"\n{num_bytes:,} bytes per sample")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

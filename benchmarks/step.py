@@ -1,0 +1,276 @@
+"""Time the training step against a reference step equal in work to diffusers' example.
+
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python -m benchmarks.step --size small
+
+The reference is written from diffusers alone, after its train_controlnet.py. The project's step is
+imported: what trains is what is timed. Every row starts from the same weights and sees the same
+batches with the same noise, and the command fails (exit code 1) if a row's losses part from the
+reference's: a step that computes something else is not faster. Rows take turns, the reference comes
+twice as the noise floor, and `reference + ...` has one optimisation alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ControlNetModel
+from torch import Tensor
+
+from benchmarks.networks import SIZES, STRIDE, build_base, draw_batch
+from benchmarks.timing import Spread, describe_machine, ratios, take_turns
+from data import Sample
+from inpainting.arguments import OneLineParser
+from lightning_module import FROZEN_DTYPES, InpaintingControlNet
+from model import Base, build_controlnet
+
+LEARNING_RATE = 1e-5
+CLIP_NORM = 1.0
+NUM_BATCHES = 4
+# How far a row's losses may be from the reference's. fp32: another order of additions, and cached
+# moments rounded to float16. bf16: rounding everywhere.
+TOLERANCES = {"32": 1e-5, "bf16-mixed": 1e-2}
+REFERENCE, AGAIN = "reference", "reference again (A/A)"
+
+
+@dataclass
+class Reference:
+    """The step of diffusers' train_controlnet.py, with what it is given drawn beforehand.
+
+    Attributes:
+        base: the frozen networks, in the dtype that the example casts them to.
+        controlnet: float32.
+        precision: "32" or "bf16-mixed".
+        batches: what is trained on, in turns; with moments in them nothing is encoded.
+        is_fused: AdamW as one kernel.
+        losses: each step's.
+    """
+
+    base: Base
+    controlnet: ControlNetModel
+    precision: str
+    batches: list[Sample]
+    is_fused: bool = False
+    losses: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.AdamW(
+            self.controlnet.parameters(), lr=LEARNING_RATE, weight_decay=1e-2,
+            fused=self.is_fused or None,
+        )  # fmt: skip
+
+    def step(self) -> None:
+        """Take one optimizer step."""
+        batch = self.batches[len(self.losses) % len(self.batches)]
+        base, dtype = self.base, self.base.unet.dtype
+        timesteps, noise = batch["timestep"], batch["noise"]
+        latents = self._latents(batch)
+        noisy_latents = base.noise_scheduler.add_noise(
+            latents.float(), noise.float(), timesteps  # type: ignore[arg-type]
+        ).to(dtype)  # fmt: skip
+        with torch.no_grad():
+            hidden = base.text_encoder(batch["input_ids"], return_dict=False)[0]
+        control = batch["image"] / 255
+        control = torch.where(batch["mask"].bool(), -torch.ones_like(control), control)
+        device_type = noise.device.type
+        is_mixed = self.precision == "bf16-mixed"
+        with torch.autocast(device_type, dtype=torch.bfloat16, enabled=is_mixed):
+            down, mid = self.controlnet(
+                noisy_latents, timesteps, encoder_hidden_states=hidden,
+                controlnet_cond=control.to(dtype), return_dict=False,
+            )  # fmt: skip
+        # The example's accelerate gives a prepared model's outputs back in float32.
+        down = [sample.float().to(dtype) for sample in down]
+        model_pred = base.unet(
+            noisy_latents, timesteps, encoder_hidden_states=hidden,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid.float().to(dtype), return_dict=False,
+        )[0]  # fmt: skip
+        loss = F.mse_loss(model_pred.float(), noise.float(), reduction="mean")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.controlnet.parameters(), CLIP_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss.detach().item())
+
+    @torch.no_grad()
+    def _latents(self, batch: Sample) -> Tensor:
+        vae = self.base.vae
+        moments = batch.get("moments")
+        if moments is not None:
+            mean, log_variance = moments.to(vae.dtype).chunk(2, dim=1)
+        else:
+            pixels = (batch["image"] / 127.5 - 1).to(vae.dtype)
+            posterior = vae.encode(pixels).latent_dist  # type: ignore[union-attr]
+            mean, log_variance = posterior.mean, posterior.logvar
+        std = torch.exp(0.5 * log_variance)
+        return (mean + std * batch["posterior_noise"]) * vae.config["scaling_factor"]
+
+
+@dataclass
+class Project:
+    """The project's own training step, clipping and optimizer, without Lightning's loop.
+
+    Attributes:
+        module: what trains.
+        batches: what is trained on, in turns; with moments in them nothing is encoded.
+        losses: each step's.
+    """
+
+    module: InpaintingControlNet
+    batches: list[Sample]
+    losses: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        trainer: Any = SimpleNamespace(strategy=None)  # the optimizer asks for the strategy alone
+        self.module.trainer = trainer
+        configuration: Any = self.module.configure_optimizers()
+        self.optimizer = configuration["optimizer"]
+
+    def step(self) -> None:
+        """Take one optimizer step."""
+        batch = self.batches[len(self.losses) % len(self.batches)]
+        loss = self.module.training_step(batch, 0)
+        loss.backward()
+        self.module.configure_gradient_clipping(self.optimizer, CLIP_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.detach())  # type: ignore[arg-type]
+
+
+def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
+    """Build every row that was asked for, each with a ControlNet and an optimizer of its own."""
+    device, size = torch.device(args.device), SIZES[args.size]
+    base = build_base(size)
+    torch.manual_seed(0)
+    controlnet = build_controlnet(base.unet, stride=STRIDE).to(device)  # type: ignore[call-arg]
+    dtype, vae_dtype = FROZEN_DTYPES[args.precision]
+    base.to(device, dtype=dtype, vae_dtype=vae_dtype)
+    drawn: Any = [
+        draw_batch(size, image_size=args.image_size, batch_size=args.batch_size, seed=seed)
+        for seed in range(NUM_BATCHES)
+    ]
+    batches: Any = [{n: v if n == "prompt" else v.to(device) for n, v in b.items()} for b in drawn]
+    cached = [{**batch, "moments": encode(base, batch["image"])} for batch in batches]
+
+    def reference(batches: Any = batches, *, is_fused: bool = False) -> Reference:
+        network = copy.deepcopy(controlnet)
+        return Reference(base, network, args.precision, batches, is_fused)
+
+    def project(batches: Any) -> Project:
+        module = InpaintingControlNet(
+            base=base, controlnet=copy.deepcopy(controlnet), num_training_steps=1_000_000,
+            learning_rate=LEARNING_RATE, adam_weight_decay=1e-2, lr_scheduler="constant",
+            lr_warmup_steps=0, snr_gamma=None, ema_decay=None, precision=args.precision,
+            gradient_checkpointing=False, moments_cache=None,
+        ).to(device)  # fmt: skip
+        module.loss_sums = module.loss_sums.to(device)
+        return Project(module, batches)
+
+    builders: dict[str, Callable[[], Reference | Project]] = {
+        REFERENCE: reference,
+        AGAIN: reference,
+        "reference + fused AdamW": lambda: reference(is_fused=True),
+        "reference + cached moments": lambda: reference(cached),
+        "project, nothing cached": lambda: project(batches),
+        "project, cached": lambda: project(cached),
+    }
+    return {name: builders[name]() for name in builders if name == REFERENCE or name in args.rows}
+
+
+def encode(base: Base, image: Tensor) -> Tensor:
+    """Encode (B, 3, H, W) uint8 as the cache does: (B, 2C, h, w) float16."""
+    moments = [torch.from_numpy(base.encode_alone(picture)) for picture in image]
+    return torch.stack(moments).to(image.device)
+
+
+def measure(args: argparse.Namespace) -> tuple[str, bool]:
+    """Time the rows in turns.
+
+    Returns:
+        the table as markdown, and whether all losses stayed together.
+    """
+    device = torch.device(args.device)
+    rows = build_rows(args)
+
+    def steps_of(row: Reference | Project) -> Callable[[], None]:
+        def take_steps() -> None:
+            for _ in range(args.num_steps):
+                row.step()
+
+        return take_steps
+
+    times = take_turns(
+        {name: steps_of(row) for name, row in rows.items()},
+        num_rounds=args.num_rounds, device=device,
+    )  # fmt: skip
+    expected = torch.tensor(rows[REFERENCE].losses)
+    lines = [
+        f"{args.size}, {args.image_size} px, batch {args.batch_size}, {args.precision}, "
+        f"{args.num_rounds} rounds of {args.num_steps} steps; {describe_machine(device)}",
+        "",
+        f"| row | {'GPU' if device.type == 'cuda' else 'CPU'} ms per step (quartiles) | "
+        "times as fast (quartiles) | largest difference of a loss |",
+        "|---|---|---|---|",
+    ]
+    is_same = True
+    for name, row in rows.items():
+        losses = torch.tensor([float(loss) for loss in row.losses])
+        difference = float(((losses - expected).abs() / expected).max())
+        tolerance = TOLERANCES[args.precision]
+        has_parted = not difference <= tolerance  # NaN parts too
+        is_same &= not has_parted
+        per_step = Spread.of([time / args.num_steps for time in times[name]])
+        remark = f" PARTED: at most {tolerance:.0e}" if has_parted else ""
+        lines.append(
+            f"| {name} | {per_step} | {ratios(times[REFERENCE], times[name])} | "
+            f"{difference:.1e}{remark} |"
+        )
+    return "\n".join(lines), is_same
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's flags."""
+    parser = OneLineParser(
+        prog="python -m benchmarks.step", allow_abbrev=False, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="small", help="of the networks (default small)")
+    add("--image_size", type=int, help="pixels (default tiny 64, small 256, sd15 512)")
+    add("--batch_size", type=int, default=1, help="(default 1)")
+    add("--precision", choices=TOLERANCES, default="32", help="(default 32)")
+    add("--device", default="cpu", help="cpu or cuda (default cpu)")
+    add("--num_rounds", type=int, default=15, help="(default 15)")
+    add("--num_steps", type=int, default=2, help="per row and round (default 2)")
+    add("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW",
+        help=f"beside the reference (default all: {', '.join(ROWS)})")  # fmt: skip
+    return parser
+
+
+ROWS = (
+    AGAIN, "reference + fused AdamW", "reference + cached moments", "project, nothing cached",
+    "project, cached",
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 1 if the losses parted."""
+    args = build_parser().parse_args(argv)
+    args.image_size = args.image_size or SIZES[args.size].image_size
+    table, is_same = measure(args)
+    print(table)
+    if not is_same:
+        print("error: a row's losses part from the reference's", file=sys.stderr)
+    return 0 if is_same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
