@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 OUTPUT_DIR = Path("outputs") / "demo"
 # What makes a ControlNet learn fast on this base: docs/log.md.
 TRAINING = (
-    "--batch_size 32 --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 30 "
-    "--num_epochs 1000 --save_every_n_epochs 1000 --val_split 0.02 --log_every_n_steps 20"
+    "--batch_size 32 --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 30 "
+    "--mask_area_range 0.1 0.4 --empty_prompt_prob 0.2 --val_split 0.02 --num_workers 1 "
+    "--num_epochs 1000 --save_every_n_epochs 1000 --log_every_n_steps 20"
 )
 NUM_STEPS, NUM_PICTURES = 1000, 64
 EVALUATION = "--hole_kinds medium thick --num_samples 1 --guidance_scale 1.5"
