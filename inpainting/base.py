@@ -20,6 +20,7 @@ NEEDED_ENTRIES = {
     "unet": ("sample_size", "in_channels", "cross_attention_dim"),
     "vae": ("block_out_channels", "latent_channels"),
     "text_encoder": ("hidden_size",),
+    "scheduler": ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"),
 }
 NEEDED_FILES = (
     "unet/config.json", "vae/config.json", "text_encoder/config.json",
@@ -182,8 +183,9 @@ def _check_is_supported(config: BaseConfig) -> None:
     for part, names in NEEDED_ENTRIES.items():
         missing = [name for name in names if getattr(config, part).get(name) is None]
         if missing:
+            file = "scheduler_config.json" if part == "scheduler" else "config.json"
             raise ValueError(
-                f"{part}/config.json must say {', '.join(names)}, got no {', '.join(missing)}. "
+                f"{part}/{file} must say {', '.join(names)}, got no {', '.join(missing)}. "
                 "Fetch the base again."
             )
     if channels != 4 or config.vae.get("latent_channels") != 4:

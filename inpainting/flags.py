@@ -6,7 +6,9 @@ Imports neither torch nor Lightning: --help answers at once.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
+from typing import NoReturn
 
 from inpainting.arguments import OneLineParser
 from inpainting.masks import parse_mask_types
@@ -26,6 +28,14 @@ class ArgumentParser(OneLineParser):
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """Split one line of the file."""
         return shlex.split(arg_line, comments=True)
+
+    def error(self, message: str) -> NoReturn:
+        """Name an @file that can't be read in words, not by its number in errno.h."""
+        system_error = re.fullmatch(r"\[Errno \d+\] (.*): '(.*)'", message)
+        if system_error:
+            reason, path = system_error.groups()
+            message = f"@ must be followed by a file of arguments, got {path} ({reason})"
+        super().error(message)
 
 
 def parse_fraction_or_count(text: str) -> int | float:

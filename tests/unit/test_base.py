@@ -128,8 +128,9 @@ def test_a_missing_or_broken_configuration_is_named(folder, file) -> None:
     ("part", "key"), [(part, key) for part, keys in base.NEEDED_ENTRIES.items() for key in keys]
 )
 def test_a_configuration_without_a_needed_entry_is_refused(folder, part, key) -> None:
-    change(folder, f"{part}/config.json", **{key: None})
-    assert f"{part}/config.json must say" in refusal(folder)
+    file = f"{part}/scheduler_config.json" if part == "scheduler" else f"{part}/config.json"
+    change(folder, file, **{key: None})
+    assert f"{file} must say" in refusal(folder)
     assert f"got no {key}." in refusal(folder)
 
 

@@ -199,6 +199,16 @@ def test_arguments_may_stand_in_a_file(tmp_path) -> None:
 # ---- with the base's configuration
 
 
+def test_a_missing_file_of_arguments_is_named_in_words(tmp_path, capsys) -> None:
+    for path, reason in ((tmp_path / "no.args", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(SystemExit) as end:
+            build_parser().parse_args([f"@{path}"])
+        assert end.value.code == 2
+        error = capsys.readouterr().err
+        assert f"error: @ must be followed by a file of arguments, got {path} ({reason}" in error
+        assert "Errno" not in error
+
+
 @pytest.fixture(scope="module")
 def config():
     return read_base_config(str(tiny.base_folder()))
