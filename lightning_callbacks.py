@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers.logger import rank_zero_experiment
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from data import CocoInpaintingDataset, Sample
 from inpainting.diffusion import make_conditioning
@@ -30,6 +33,14 @@ GUIDANCE_SCALE = 3.0
 class RunLogger(TensorBoardLogger):
     """TensorBoard alone: Lightning's logger would also leave an empty hparams.yaml."""
 
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        """Begin a new events file where somebody deleted the old one: writing to it would fail."""
+        if self._experiment is not None and not any(Path(self.log_dir).glob("events.*")):
+            self._experiment = None
+        return super().experiment
+
     def save(self) -> None:
         """Flush what was logged."""
         self.experiment.flush()
@@ -45,6 +56,11 @@ class ProgressBar(TQDMProgressBar):
     def __init__(self, *, refresh_rate: int) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self.loss: Tensor | None = None
+
+    @property
+    def train_description(self) -> str:
+        """The bar's name from its first drawing on."""
+        return f"Epoch {self.trainer.current_epoch}"
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Name the epoch here too: Lightning doesn't begin one anew that it resumes inside."""
@@ -157,6 +173,12 @@ class Curves(pl.Callback):
         self._elapsed_s, self._num_batches = 0.0, 0
         self._running_since = time.monotonic()
         trainer.logger.log_metrics(values, step)  # type: ignore[union-attr]
+        num_left_out = pl_module.finite_steps.check()
+        if num_left_out and trainer.is_global_zero:
+            logger.warning(
+                "warning: %d of the steps up to %d had a NaN or infinite loss or gradient and were "
+                "left out", num_left_out, step,
+            )  # fmt: skip
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock until the next training batch."""

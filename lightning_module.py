@@ -13,6 +13,7 @@ from diffusers.optimization import get_scheduler
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from data import Sample
@@ -22,6 +23,7 @@ from inpainting.diffusion import (
     normalize_image,
     prediction_target,
 )
+from inpainting.finite import FiniteSteps
 from inpainting.latents import NO_SLOT, MomentsCache, Slot
 from inpainting.validation import losses_by_place, summarize_losses
 from model import Base, predict_noise
@@ -93,6 +95,8 @@ class InpaintingControlNet(pl.LightningModule):
         self._grad_norm: Tensor | None = None
         self._whole_weights: dict[str, Tensor] | None = None
         self.loss_sums = torch.zeros(4, dtype=torch.float64)
+        self.finite_steps = FiniteSteps(has_loss_scaler=precision == "16-mixed")
+        self._is_resumed = False
         self._validation_losses: list[dict[str, Tensor]] = []
         self._base_losses: dict[int, float] = {}
 
@@ -138,6 +142,23 @@ class InpaintingControlNet(pl.LightningModule):
             self.average.to(device=self.device)  # type: ignore[call-arg]
         accumulator = torch.float32 if self.device.type == "mps" else torch.float64
         self.loss_sums = self.loss_sums.to(self.device, dtype=accumulator)
+        self.finite_steps.to(self.device)
+
+    def on_train_start(self) -> None:
+        """Let a resumed run's own flags rule its optimizer and schedule: a checkpoint has the old.
+
+        Whatever didn't change gets the same bits again.
+        """
+        if not self._is_resumed:
+            return
+        (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        schedule = cast(LambdaLR, config.scheduler)
+        schedule.base_lrs = [self.learning_rate] * len(schedule.base_lrs)
+        schedule._last_lr = schedule.get_lr()
+        for group, learning_rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
+            group["initial_lr"] = self.learning_rate
+            group["lr"] = learning_rate
+            group["weight_decay"] = self.adam_weight_decay
 
     def on_before_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
         """Encode what the cache lacks, while the batch is on the CPU: a hit costs no wait.
@@ -170,9 +191,12 @@ class InpaintingControlNet(pl.LightningModule):
         self._put_vae_away()
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
-        """Return the loss of one micro-batch and add it to the running sums."""
-        loss = self.loss(batch, self.controlnet).mean()
-        self.loss_sums += torch.stack([loss.detach(), torch.ones_like(loss)]).repeat(2)
+        """Return the loss of one micro-batch and add it to the running sums if it is finite."""
+        losses = self.loss(batch, self.controlnet)
+        loss = self.finite_steps.watch(losses, image_ids=batch["image_id"])
+        value = loss.detach()
+        is_finite = value.isfinite()
+        self.loss_sums += torch.stack([value.where(is_finite, 0), is_finite.float()]).repeat(2)
         return loss
 
     def loss(self, batch: Sample, controlnet: ControlNetModel | None) -> Tensor:
@@ -301,11 +325,12 @@ class InpaintingControlNet(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm, and keep the norm (before clipping) for the log."""
+        """Clip by the global norm, keep it (before clipping) for the log, leave bad steps out."""
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return
         limit = gradient_clip_val or float("inf")
         self._grad_norm = torch.nn.utils.clip_grad_norm_(self.controlnet.parameters(), limit)
+        self.finite_steps.leave_out(optimizer, grad_norm=self._grad_norm)
 
     def update_average(self, *, num_steps: int) -> None:
         """Move the average towards the parameters after an optimizer step.
@@ -334,6 +359,7 @@ class InpaintingControlNet(pl.LightningModule):
         Raises:
             ValueError: --ema_decay is set and the checkpoint has no average.
         """
+        self._is_resumed = True
         sums = checkpoint["loss_sums"]
         if len(sums) == self.trainer.world_size:
             self.loss_sums = sums[self.global_rank].to(self.device)
