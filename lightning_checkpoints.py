@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -16,8 +17,11 @@ from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DeepSpeedStrategy
 
-from inpainting.atomic import replace_atomically
+from inpainting.atomic import replace_atomically, write_text_atomically
 from inpainting.preflight import MONITORS
+from inpainting.runs import lock_run_dir
+
+logger = logging.getLogger("train_lightning")
 
 LAST_NAME = "last.ckpt"
 
@@ -39,9 +43,38 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write one checkpoint file."""
-        with replace_atomically(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
+        """Write one checkpoint file.
+
+        Through a file of Python's: given a path, torch.save hides why it couldn't write.
+        """
+        with replace_atomically(Path(path)) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+
+
+class KeepRunFolder(pl.Callback):
+    """Puts into each checkpoint what run it is of, and makes a deleted run folder again.
+
+    Args:
+        run_dir: the run's folder.
+        run_json: the text of its run.json.
+        run_state: `inpainting.changes.run_state`, for the next start to compare with.
+    """
+
+    def __init__(self, run_dir: Path, *, run_json: str, run_state: dict[str, Any]) -> None:
+        self.run_dir = run_dir
+        self.run_json = run_json
+        self.run_state = run_state
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the run's state; without run.json the folder would be no run's any more."""
+        checkpoint["run"] = self.run_state
+        path = self.run_dir / "run.json"
+        if trainer.is_global_zero and not path.exists():
+            logger.warning("warning: %s was deleted: made again, to save into", self.run_dir)
+            write_text_atomically(path, self.run_json)
+            lock_run_dir(self.run_dir)
 
 
 class NamedCheckpoint(ModelCheckpoint):
@@ -73,6 +106,20 @@ class NamedCheckpoint(ModelCheckpoint):
         )
         self.interval = every_n_epochs
         self._loops_at_cut: dict[str, Any] | None = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the ranking, cut to save_top_k: what drops out of it stays on the disk."""
+        super().load_state_dict(state_dict)
+        if 0 < self.save_top_k < len(self.best_k_models):
+            ranked = sorted(
+                self.best_k_models, key=lambda path: float(self.best_k_models[path]),
+                reverse=self.mode == "max",
+            )  # fmt: skip
+            self.best_k_models = {
+                path: self.best_k_models[path] for path in ranked[: self.save_top_k]
+            }
+            self.kth_best_model_path = ranked[self.save_top_k - 1]
+            self.kth_value = self.best_k_models[self.kth_best_model_path]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any

@@ -9,24 +9,36 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import numpy as np
+import PIL
 import pytorch_lightning as pl
+import torch
+import transformers
 from diffusers import ControlNetModel
+from PIL import features
 
 from data import SampleRule
+from inpainting.changes import CHANGES_BITS, check_can_go_on, list_changes, run_state
 from inpainting.checkpoints import base_hash
 from inpainting.coco import CocoIndex
 from inpainting.interop import describe_mismatch, read_controlnet_weights
 from inpainting.latents import MomentsCache, cache_key, free_bytes, hash_encoder
 from inpainting.record import InpaintingRecord
 from inpainting.runs import (
+    RunLog,
     adopt_checkpoint,
     cache_dir,
+    check_deepspeed_shape,
     is_first_process,
+    lock_run_dir,
     new_run_dir,
     read_checkpoint,
+    read_run_state,
     run_dir_of,
     write_run_json,
 )
+from lightning_checkpoints import KeepRunFolder
 from lightning_data import InpaintingDataModule, ResumePosition
 from lightning_module import FROZEN_DTYPES, InpaintingControlNet
 from lightning_trainer import build_trainer
@@ -72,8 +84,10 @@ def assemble(args: argparse.Namespace, *, index: CocoIndex, checkpoint_path: Pat
     if args.controlnet_weights:
         weights = read_controlnet_weights(args.controlnet_weights)
         load_controlnet_weights(controlnet, weights, source=args.controlnet_weights)
+    state = run_state(vars(args), facts=_facts(args, index=index, base=base))
     if checkpoint_path is not None:
-        _check_checkpoint(checkpoint_path, controlnet=controlnet, ema_decay=args.ema_decay)
+        _check_checkpoint(checkpoint_path, args=args, controlnet=controlnet)
+        check_can_go_on(read_run_state(checkpoint_path), state)
     rule = sample_rule(args, base=base)
     moments_cache = open_moments_cache(args, base=base, index=index)
     position = ResumePosition()
@@ -91,17 +105,33 @@ def assemble(args: argparse.Namespace, *, index: CocoIndex, checkpoint_path: Pat
     )
     record = _describe_weights(args, base=base)
     _count_steps(args, datamodule=datamodule, world_size=least_world_size(args))
-    run_dir, global_step = _open_run_dir(args, record=record, checkpoint_path=checkpoint_path)
+    before = read_run_state(checkpoint_path) if checkpoint_path is not None else {}
+    run_dir, run_json = _open_run_dir(args, record=record, checkpoint_path=checkpoint_path)
+    global_step = None
+    if checkpoint_path is not None:
+        global_step = read_checkpoint(checkpoint_path).get("global_step")
+        _say_how_it_goes_on(args, checkpoint_path, step=global_step, before=before, now=state)
     trainer = build_trainer(
-        args, run_dir=run_dir, datamodule=datamodule, position=position, purge_step=global_step
+        args,
+        run_dir=run_dir,
+        datamodule=datamodule,
+        position=position,
+        keeper=KeepRunFolder(run_dir, run_json=run_json, run_state=state),
+        purge_step=None if global_step is None else global_step + 1,
     )
     world_size = trainer.num_devices * trainer.num_nodes
     steps_per_epoch = _count_steps(args, datamodule=datamodule, world_size=world_size)
     num_steps = args.num_epochs * steps_per_epoch
+    num_steps = min(args.max_steps, num_steps) if args.max_steps > 0 else num_steps
+    if args.lr_warmup_steps >= num_steps and args.lr_scheduler != "constant":
+        logger.warning(
+            "warning: --lr_warmup_steps %d isn't over before the run's %d steps are: the learning "
+            "rate never gets to --learning_rate", args.lr_warmup_steps, num_steps,
+        )  # fmt: skip
     module = InpaintingControlNet(
         base=base,
         controlnet=controlnet,
-        num_training_steps=min(args.max_steps, num_steps) if args.max_steps > 0 else num_steps,
+        num_training_steps=num_steps,
         learning_rate=args.learning_rate,
         adam_weight_decay=args.adam_weight_decay,
         lr_scheduler=args.lr_scheduler,
@@ -190,9 +220,11 @@ def describe_moments_cache(cache: MomentsCache, *, num_slots: int) -> None:
 
 
 def least_world_size(args: argparse.Namespace) -> int:
-    """Return the number of processes, as far as the flags tell: -1 is one at least."""
-    num_devices = len(args.devices) if isinstance(args.devices, list) else max(args.devices, 1)
-    return num_devices * args.num_nodes
+    """Return the number of processes: one a device, and -1 are all GPUs."""
+    num_devices = len(args.devices) if isinstance(args.devices, list) else args.devices
+    if num_devices == -1:
+        num_devices = torch.cuda.device_count() if args.accelerator in ("auto", "gpu") else 1
+    return max(num_devices, 1) * args.num_nodes
 
 
 def _count_steps(
@@ -218,11 +250,14 @@ def _count_steps(
 
 
 def _check_checkpoint(
-    checkpoint_path: Path, *, controlnet: ControlNetModel, ema_decay: float | None
+    checkpoint_path: Path, *, args: argparse.Namespace, controlnet: ControlNetModel
 ) -> None:
     """Refuse a checkpoint of another base, or without the average that is to go on."""
     checkpoint = read_checkpoint(checkpoint_path)
     if not checkpoint:  # DeepSpeed's folder: it is read by DeepSpeed alone
+        check_deepspeed_shape(
+            checkpoint_path, strategy=args.strategy, world_size=least_world_size(args)
+        )
         return
     weights = {
         name.removeprefix("controlnet."): tensor
@@ -234,11 +269,56 @@ def _check_checkpoint(
             f"{checkpoint_path} must be a checkpoint of a run with this base, got {mismatch}. "
             "Name the base that it was trained with: --pretrained_model_name_or_path."
         )
-    if ema_decay and "average" not in checkpoint:
+    if args.ema_decay and "average" not in checkpoint:
         raise ValueError(
             f"--ema_decay needs a checkpoint with an average, got {checkpoint_path} without. "
             "Resume without --ema_decay, or start anew with --controlnet_weights."
         )
+
+
+def _facts(args: argparse.Namespace, *, index: CocoIndex, base: Base) -> dict[str, Any]:
+    """Return what decides a run's bits beside its flags: see inpainting.changes."""
+    device = args.accelerator
+    if args.accelerator == "gpu":
+        device = torch.cuda.get_device_name()
+    elif args.accelerator == "cpu":  # sums are split between vector lanes and threads
+        device = f"{torch.backends.cpu.get_cpu_capability()} x {torch.get_num_threads()}"
+    return {
+        "base": base.name,
+        "base_unet_sha256": base_hash(base.unet),
+        "data": index.fingerprint(),
+        "processes": least_world_size(args),
+        "device": device,
+        "torch": str(torch.__version__),
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "decoder": f"Pillow {PIL.__version__}, libjpeg {features.version('jpg')}",
+    }
+
+
+def _say_how_it_goes_on(
+    args: argparse.Namespace,
+    checkpoint_path: Path,
+    *,
+    step: int | None,
+    before: dict[str, Any],
+    now: dict[str, Any],
+) -> None:
+    """Say where a resumed run begins, and everything that isn't as it was."""
+    logger.info("resuming from %s%s", checkpoint_path, "" if step is None else f" at step {step}")
+    if run_dir_of(checkpoint_path) is None:
+        logger.info("the checkpoint isn't in a run folder: going on in a new one")
+    if not before["flags"]:
+        logger.info("the checkpoint doesn't say with which flags it was written: compare them")
+    flags = {**_portable_arguments(args), **now["flags"]}
+    changes = list_changes(before, {**now, "flags": flags})
+    for change in changes:
+        logger.info("changed: %s", change)
+    if any(change.effect == CHANGES_BITS for change in changes):
+        logger.info("it goes on with the next sample, but not to the same bits")
+    elif args.accelerator == "gpu" and not args.deterministic:
+        logger.info("it goes on with the next sample; the last bits are the GPU's: --deterministic")
 
 
 def _describe_weights(args: argparse.Namespace, *, base: Base) -> InpaintingRecord:
@@ -257,28 +337,28 @@ def _describe_weights(args: argparse.Namespace, *, base: Base) -> InpaintingReco
 
 def _open_run_dir(
     args: argparse.Namespace, *, record: InpaintingRecord, checkpoint_path: Path | None
-) -> tuple[Path, int | None]:
-    """Return the run's folder, and the step from which on its curves are written anew.
+) -> tuple[Path, str]:
+    """Return the run's folder and the text of its run.json.
 
     A resumed run goes on in its own folder; a checkpoint that was moved starts a new one.
     """
     if not is_first_process():
-        return Path(args.output_dir) / "not_the_first_process", None
+        return Path(args.output_dir) / "not_the_first_process", ""
     own_dir = None if checkpoint_path is None else run_dir_of(checkpoint_path)
     run_dir = own_dir or new_run_dir(Path(args.output_dir))
-    handler = logging.FileHandler(run_dir / "run.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger().addHandler(handler)
-    write_run_json(run_dir, arguments=_portable_arguments(args), record=asdict(record))
-    global_step = None
-    if checkpoint_path is not None:
-        global_step = read_checkpoint(checkpoint_path).get("global_step")
-        at_step = "" if global_step is None else f" at step {global_step}"
-        logger.info("resuming from %s%s", checkpoint_path, at_step)
-        if own_dir is None:
-            logger.info("the checkpoint isn't in a run folder: going on in a new one")
-            adopt_checkpoint(checkpoint_path, run_dir=run_dir)
-    return run_dir, None if global_step is None else global_step + 1
+    if own_dir is None:
+        lock_run_dir(run_dir)
+    logging.getLogger().addHandler(RunLog(run_dir))
+    is_moved = own_dir is None and checkpoint_path is not None
+    run_json = write_run_json(
+        run_dir,
+        arguments=_portable_arguments(args),
+        record=asdict(record),
+        origin=checkpoint_path if is_moved else None,
+    )
+    if is_moved:
+        adopt_checkpoint(checkpoint_path, run_dir=run_dir)
+    return run_dir, run_json
 
 
 def _portable_arguments(args: argparse.Namespace) -> dict[str, Any]:

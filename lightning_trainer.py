@@ -30,6 +30,15 @@ from lightning_checkpoints import (
     StopOnSignal,
 )
 from lightning_data import InpaintingDataModule
+from lightning_faults import EndTogether
+
+
+class StopWithoutProgress(EarlyStopping):
+    """EarlyStopping whose patience is the flag's, in a resumed run too."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over how long it has waited, not for how long it would have."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
 
 
 class DeepSpeedAutocast(DeepSpeedPrecision):
@@ -62,6 +71,7 @@ def build_trainer(
     run_dir: Path,
     datamodule: InpaintingDataModule,
     position: pl.Callback,
+    keeper: pl.Callback,
     purge_step: int | None,
 ) -> pl.Trainer:
     """Wire flags, callbacks and folders into Lightning's Trainer.
@@ -71,19 +81,22 @@ def build_trainer(
         run_dir: where everything is written to.
         datamodule: tells whether there is a validation split.
         position: the datamodule's ResumePosition.
+        keeper: the run's KeepRunFolder.
         purge_step: a resumed run's first new step: later points of its curves are dropped.
     """
     has_validation = len(datamodule.val_set) > 0
     stop = StopOnSignal()
     # The order matters: the position and the average move on before last.ckpt is written.
     callbacks = [
+        EndTogether(),
         position,
+        keeper,
         *([AverageWeights()] if args.ema_decay else []),
         Curves(every_n_steps=args.log_every_n_steps),
         *([TrainingPictures(every_n_steps=args.log_images_every_n_steps)]
           if args.log_images_every_n_steps else []),
         *([ValidationInpaintings(datamodule.val_set)] if has_validation else []),
-        *([EarlyStopping("val/loss", patience=args.early_stopping_patience)]
+        *([StopWithoutProgress("val/loss", patience=args.early_stopping_patience)]
           if args.early_stopping_patience else []),
         ProgressBar(refresh_rate=1 if args.accelerator == "cpu" else 10),
         stop,

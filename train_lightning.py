@@ -13,6 +13,8 @@ import shlex
 import signal
 import sys
 import threading
+import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +30,8 @@ from inpainting.runs import (
     check_strategy_can_read,
     find_checkpoint,
     is_first_process,
+    lock_run_dir,
+    run_dir_of,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +45,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("train_lightning")
 
 # What a user can cause: one line and exit code 2.
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+USER_ERRORS = (
+    ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError,
+    BlockingIOError,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,6 +129,9 @@ def _build(args: argparse.Namespace) -> Run | None:
             args.resume_from_checkpoint, output_dir=Path(args.output_dir)
         )
         check_strategy_can_read(checkpoint_path, strategy=args.strategy)
+        run_dir = run_dir_of(checkpoint_path)
+        if run_dir is not None and is_first_process() and not args.dry_run:
+            lock_run_dir(run_dir)
     index = _read_index(args)
     if args.dry_run:
         _print_dry_run(args, config=config, num_images=len(index))
@@ -207,14 +217,10 @@ def _print_dry_run(args: argparse.Namespace, *, config: BaseConfig, num_images: 
 
 def train(run: Run) -> int:
     """Fit, export, and say where the results are; returns the exit code."""
-    import torch
-
     from lightning_checkpoints import StoppedBySignal
 
     if run.args.find_lr:
         return _find_lr(run)
-    last_path = run.run_dir / "checkpoints" / "last.ckpt"
-    resume_hint = f"to go on: --resume_from_checkpoint {shlex.quote(str(last_path))}"
     try:
         run.trainer.fit(
             run.module,
@@ -222,25 +228,42 @@ def train(run: Run) -> int:
             ckpt_path=run.checkpoint_path,
             weights_only=True,
         )
+        weights = run.module.whole_weights()
+        if run.trainer.is_global_zero:
+            _export(run, weights=weights)
     except StoppedBySignal as stopped:
         logger.info("stopped by %s, saved at step %d", stopped, run.trainer.global_step)
-        logger.info("%s", resume_hint)
+        logger.info("to go on: %s", _resume_flag(run))
         # Lightning's launcher kills the first process as soon as another one's code isn't 0.
         return 128 + stopped.signum if run.trainer.local_rank == 0 else 0
-    except torch.OutOfMemoryError:
-        logger.error(
-            "error: out of GPU memory. Try --gradient_checkpointing, a smaller --batch_size with "
-            "--accumulate_grad_batches, or --precision bf16-mixed."
-        )
-        return 1
-    except Exception:
-        if is_first_process() and last_path.exists():
-            logger.error("the run failed; %s", resume_hint)
-        raise
-    weights = run.module.whole_weights()
-    if run.trainer.is_global_zero:
-        _export(run, weights=weights)
+    except Exception as error:
+        return _fail(run, error)
     return 0
+
+
+def _fail(run: Run, error: Exception) -> int:
+    """Say what happened and what to type next; a fault of ours keeps its traceback."""
+    from lightning_faults import PATIENCE_S, end_others, explain, is_lost_process
+
+    if is_lost_process(error):
+        time.sleep(PATIENCE_S)  # the process that is gone says why, or whoever watches it
+    what = explain(error, run_dir=run.run_dir)
+    if what is None:
+        logger.error("%s", traceback.format_exc().strip())
+        what = "the run failed, by a fault of the trainer (see above)"
+    logger.error("error: %s. To go on: %s", what, _resume_flag(run))
+    end_others(run.trainer)
+    return 1
+
+
+def _resume_flag(run: Run) -> str:
+    """Return the flag that goes on with this run, as it is typed."""
+    last_path = run.run_dir / "checkpoints" / "last.ckpt"
+    if not is_first_process():
+        return "--resume_from_checkpoint last"
+    if not last_path.exists():
+        return "the same command again: nothing was saved yet"
+    return f"--resume_from_checkpoint {shlex.quote(str(last_path))}"
 
 
 def _find_lr(run: Run) -> int:

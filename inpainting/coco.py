@@ -172,6 +172,13 @@ class CocoIndex:
         captions = self._range("caption", row)
         return [self._ragged("caption_text", caption).decode() for caption in captions]
 
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that change with every record that is kept."""
+        digest = hashlib.blake2b("\0".join(self._category_names).encode(), digest_size=8)
+        for name in sorted(self._arrays):
+            digest.update(np.ascontiguousarray(self._arrays[name]).data)
+        return digest.hexdigest()
+
     def is_fresh(self) -> bool:
         """Tell whether no file was added to or taken from the picture folders since the build."""
         return self._folder_times == {

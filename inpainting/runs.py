@@ -6,13 +6,19 @@ outputs/controlnet_inpainting_lightning_<time>/
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
+import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +59,20 @@ def check_output_dir(path: Path, *, flag: str = "--output_dir") -> None:
         raise NotADirectoryError(
             f"{flag} must be a folder, got the file {existing}. Name another place."
         )
-    if not os.access(existing, os.W_OK | os.X_OK):
+    try:  # what may be written to is known by trying: root may everywhere, but not in /proc
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
         raise PermissionError(
-            f"{flag} must be a folder that you may write to, got {path}. Name another place."
-        )
+            f"{flag} must be a folder that can be written to, got {path} "
+            f"({error.strerror}). Name another place."
+        ) from error
 
 
 def new_run_dir(output_dir: Path) -> Path:
     """Make a run folder that no other run has, even one that starts in the same second.
 
     Raises:
-        PermissionError, NotADirectoryError: output_dir can't be written to.
+        OSError: output_dir can't be written to.
     """
     name = RUN_PREFIX + time.strftime("%Y%m%d_%H%M%S")
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -74,6 +83,42 @@ def new_run_dir(output_dir: Path) -> Path:
             continue
         return output_dir / f"{name}{suffix}"
     raise FileExistsError(f"--output_dir must have room for a new run, got 999 named {name}.")
+
+
+class RunLog(WatchedFileHandler):
+    """run.log, with times; begun again, in its folder, where somebody deletes it under way."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir / "run.log", encoding="utf-8")
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def _open(self) -> Any:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
+
+def lock_run_dir(run_dir: Path) -> None:
+    """Keep other runs out of a run's folder for as long as this process lives.
+
+    By a lock on its run.log, which the system takes back however the process ends. Forked loader
+    workers don't inherit it: they may outlive a kill for some seconds.
+
+    Raises:
+        BlockingIOError: another run is going on there.
+    """
+    descriptor = os.open(run_dir / "run.log", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise BlockingIOError(
+            f"a run folder must have no other run going on in it, got {run_dir}, which has. Stop "
+            "that run first; to train beside it, start one without --resume_from_checkpoint."
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+            raise
+    os.register_at_fork(after_in_child=lambda: os.close(descriptor))
 
 
 def run_dir_of(checkpoint_path: Path) -> Path | None:
@@ -158,6 +203,48 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return parts
 
 
+def read_run_state(path: Path) -> dict[str, Any]:
+    """Return the `run_state` that a checkpoint was written with, and the paths of its run.json.
+
+    Args:
+        path: a checkpoint; DeepSpeed's folders and older files say nothing by themselves.
+    """
+    state = dict(read_checkpoint(path).get("run", {}))
+    run_dir = run_dir_of(path)
+    arguments = {}
+    if run_dir is not None:
+        arguments = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["arguments"]
+    return {**state, "flags": {**arguments, **state.get("flags", {})}}
+
+
+def check_deepspeed_shape(path: Path, *, strategy: str, world_size: int) -> None:
+    """Refuse a DeepSpeed folder of another number of processes, or sharded in another way.
+
+    Args:
+        path: the folder; its file names tell both.
+        strategy: --strategy.
+        world_size: processes of this run.
+
+    Raises:
+        ValueError: names both.
+    """
+    names = [file.name for file in path.glob("*/*.pt")]
+    ranks = {match[1] for name in names if (match := re.search(r"pp_rank_(\d+)_.*optim", name))}
+    if ranks and len(ranks) != world_size:
+        raise ValueError(
+            f"a DeepSpeed checkpoint must go on with as many processes as it was written by, "
+            f"{len(ranks)}, got {world_size}. Set --devices to match, or start a new run from its "
+            "final_model with --controlnet_weights."
+        )
+    was_stage_3 = any("pp_rank" in name and name.endswith("model_states.pt") for name in names)
+    if names and was_stage_3 != ("stage_3" in strategy):
+        raise ValueError(
+            f"a DeepSpeed checkpoint must go on with the ZeRO stage that it was written by, "
+            f"{'3' if was_stage_3 else '1 or 2'}, got --strategy {strategy}. Resume with the "
+            "strategy in that run's run.json."
+        )
+
+
 def check_strategy_can_read(path: Path, *, strategy: str) -> None:
     """Refuse DeepSpeed's folder without DeepSpeed, and the other strategies' file with it.
 
@@ -189,7 +276,13 @@ def adopt_checkpoint(path: Path, *, run_dir: Path) -> None:
         shutil.copyfile(path, temporary)
 
 
-def write_run_json(run_dir: Path, *, arguments: dict[str, Any], record: dict[str, Any]) -> None:
+def write_run_json(
+    run_dir: Path,
+    *,
+    arguments: dict[str, Any],
+    record: dict[str, Any],
+    origin: Path | None = None,
+) -> str:
     """Write what the run is: its resolved flags, versions and commit. Local paths stand only here.
 
     A resumed run keeps its earlier state in "history".
@@ -198,6 +291,10 @@ def write_run_json(run_dir: Path, *, arguments: dict[str, Any], record: dict[str
         run_dir: the run's folder.
         arguments: the resolved flags.
         record: the InpaintingRecord of the weights to come, for infer.py on a .ckpt.
+        origin: the checkpoint from elsewhere that the run began with.
+
+    Returns:
+        what was written.
     """
     path = run_dir / "run.json"
     history: list[Any] = []
@@ -210,9 +307,12 @@ def write_run_json(run_dir: Path, *, arguments: dict[str, Any], record: dict[str
         "inpainting": record,
         "versions": {"python": platform.python_version(), **_package_versions()},
         "git_commit": git_commit(),
+        **({} if origin is None else {"origin": str(origin.absolute())}),
         "history": history,
     }
-    write_text_atomically(path, json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(run, indent=2, ensure_ascii=False) + "\n"
+    write_text_atomically(path, text)
+    return text
 
 
 def _package_versions() -> dict[str, str]:

@@ -6,7 +6,6 @@ are forked from one process that has imported them already; what runs then is th
 
 from __future__ import annotations
 
-import errno
 import importlib
 import multiprocessing
 import os
@@ -14,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -76,10 +75,16 @@ class Death:
 
 @dataclass(frozen=True)
 class Fault(Death):
-    """Lets a function fail as on a full disk."""
+    """Lets a function fail.
+
+    Attributes:
+        error: what it raises.
+    """
+
+    error: Exception = field(default_factory=lambda: KeyError("a fault of ours"))
 
     def _strike(self) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise self.error
 
 
 @dataclass
@@ -106,6 +111,7 @@ class Running:
     log_path: Path
     output_dir: Path
     started: float = field(default_factory=time.monotonic)
+    limit_s: float = LIMIT_S
 
     def output(self) -> str:
         """Return what it wrote so far."""
@@ -115,8 +121,18 @@ class Running:
         """Wait for something that it does."""
         while not condition():
             assert self.process.is_alive(), f"ended too early:\n{self.output()}"
-            assert time.monotonic() - self.started < LIMIT_S, f"too slow:\n{self.output()}"
+            assert time.monotonic() - self.started < self.limit_s, f"too slow:\n{self.output()}"
             time.sleep(0.01)
+
+    def wait_until_paused(self) -> None:
+        """Wait until it has stopped itself with SIGSTOP."""
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        self.wait_until(lambda: stat.read_text().rsplit(")", 1)[1].split()[0] == "T")
+
+    def children(self) -> list[int]:
+        """Return the process ids of what it started."""
+        pid = self.process.pid
+        return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
     def signal_group(self, signum: int) -> None:
         """Signal the command and all of its children, as a terminal does."""
@@ -124,12 +140,12 @@ class Running:
 
     def wait(self) -> Result:
         """Wait for its end; past the limit the whole group is killed."""
-        self.process.join(LIMIT_S)
+        self.process.join(self.limit_s)
         is_hanging = self.process.is_alive()
         with suppress(ProcessLookupError):
             self.signal_group(signal.SIGKILL)
         self.process.join(10)
-        assert not is_hanging, f"hangs after {LIMIT_S} s:\n{self.output()}"
+        assert not is_hanging, f"hangs after {self.limit_s} s:\n{self.output()}"
         assert self.process.exitcode is not None
         return Result(self.process.exitcode, self.output(), self.output_dir)
 
@@ -142,18 +158,31 @@ def _fork_server() -> ForkServerContext:
     return context
 
 
-def start(flags: Sequence[object], *, output_dir: Path, deaths: Sequence[Death] = ()) -> Running:
+def start(
+    flags: Sequence[object],
+    *,
+    output_dir: Path,
+    deaths: Sequence[Death] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Running:
     """Start `python train_lightning.py FLAGS --output_dir OUTPUT_DIR`."""
     log_path = output_dir.parent / f"{output_dir.name}-{time.monotonic_ns()}.log"
     argv = [*map(str, flags), "--output_dir", str(output_dir)]
-    process = _fork_server().Process(target=_run_main, args=(argv, log_path, tuple(deaths)))
+    arguments = (argv, log_path, tuple(deaths), dict(environment or {}))
+    process = _fork_server().Process(target=_run_main, args=arguments)
     process.start()
     return Running(process, log_path, output_dir)
 
 
-def run(flags: Sequence[object], *, output_dir: Path, deaths: Sequence[Death] = ()) -> Result:
+def run(
+    flags: Sequence[object],
+    *,
+    output_dir: Path,
+    deaths: Sequence[Death] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Result:
     """Run it to its end."""
-    return start(flags, output_dir=output_dir, deaths=deaths).wait()
+    return start(flags, output_dir=output_dir, deaths=deaths, environment=environment).wait()
 
 
 def run_typed(arguments: Sequence[object], *, limit_s: float = LIMIT_S) -> tuple[int, str, str]:
@@ -171,9 +200,12 @@ def run_typed(arguments: Sequence[object], *, limit_s: float = LIMIT_S) -> tuple
     return process.returncode, stdout, stderr
 
 
-def _run_main(argv: list[str], log_path: Path, deaths: Sequence[Death]) -> None:
+def _run_main(
+    argv: list[str], log_path: Path, deaths: Sequence[Death], environment: dict[str, str]
+) -> None:
     """Be the command: its own session, its own output, an interpreter's usual signal handlers."""
     os.setsid()
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method("fork", force=True)  # Linux's own: loader workers use it
     os.chdir(ROOT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import torch
 
 from inpainting.atomic import replace_atomically, write_text_atomically
 from inpainting.preflight import MONITORS
+from inpainting.runs import lock_run_dir
 from lightning_checkpoints import (
     AtomicCheckpointIO,
+    KeepRunFolder,
     LastCheckpoint,
     NamedCheckpoint,
     StopAtMaxSteps,
@@ -244,3 +247,43 @@ def test_the_best_named_checkpoints_are_kept(tmp_path, monitor, best) -> None:
     names = sorted(p.name[:19] for p in (tmp_path / "checkpoints").glob("controlnet-*.ckpt"))
     assert names == [f"controlnet-epoch=0{epoch}" for epoch in best]
     assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_lower_save_top_k_cuts_the_ranking_and_deletes_nothing(tmp_path) -> None:
+    def named(save_top_k: int) -> NamedCheckpoint:
+        return NamedCheckpoint(
+            tmp_path / "checkpoints", every_n_epochs=1, save_top_k=save_top_k, monitor="val/loss"
+        )
+
+    first = named(3)
+    fit(tmp_path, num_epochs=3, num_batches=2, named=first)
+    kept = set((tmp_path / "checkpoints").glob("controlnet-*.ckpt"))
+    resumed = named(1)
+    resumed.load_state_dict(first.state_dict())
+    [best] = resumed.best_k_models
+    assert best == first.best_model_path == resumed.kth_best_model_path
+    assert resumed.kth_value == first.best_model_score
+    assert set((tmp_path / "checkpoints").glob("controlnet-*.ckpt")) == kept
+    raised = named(5)
+    raised.load_state_dict(first.state_dict())
+    assert raised.best_k_models == first.best_k_models
+
+
+def test_a_checkpoint_says_of_which_run_it_is_and_a_deleted_folder_is_made_again(tmp_path) -> None:
+    run_dir = tmp_path / "run"
+    keeper = KeepRunFolder(run_dir, run_json="{}", run_state={"flags": {"seed": 1}})
+    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "run.json").write_text("as it was")
+
+    class Delete(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if trainer.global_step == 1:
+                assert (run_dir / "run.json").read_text() == "as it was"
+                shutil.rmtree(run_dir)
+
+    fit(run_dir, every_n_steps=2, num_epochs=1, extra=(keeper, Delete()))
+    assert (run_dir / "run.json").read_text() == "{}"
+    checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["run"] == {"flags": {"seed": 1}}
+    with pytest.raises(BlockingIOError):
+        lock_run_dir(run_dir)

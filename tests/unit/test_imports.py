@@ -18,7 +18,7 @@ _PARTS = {"inpainting"}
 _MEETING = {"data", "model", "lightning_data", "lightning_module"}
 _LIGHTNING = {
     "lightning_data", "lightning_module", "lightning_callbacks", "lightning_checkpoints",
-    "lightning_trainer", "lightning_run",
+    "lightning_faults", "lightning_trainer", "lightning_run",
 }  # fmt: skip
 ALLOWED: dict[str, set[str]] = {
     "inpainting": set(),
@@ -28,8 +28,11 @@ ALLOWED: dict[str, set[str]] = {
     "lightning_module": _PARTS | {"data", "model"},
     "lightning_callbacks": _PARTS | _MEETING,
     "lightning_checkpoints": _PARTS | _MEETING,
-    "lightning_trainer": _PARTS | _MEETING | {"lightning_callbacks", "lightning_checkpoints"},
-    "lightning_run": _PARTS | _MEETING | {"lightning_trainer"},
+    "lightning_faults": _PARTS,
+    "lightning_trainer": _PARTS
+    | _MEETING
+    | {"lightning_callbacks", "lightning_checkpoints", "lightning_faults"},
+    "lightning_run": _PARTS | _MEETING | {"lightning_trainer", "lightning_checkpoints"},
     "train_lightning": _PARTS | {"data", "model", "demo"} | _LIGHTNING,
     "pipeline": _PARTS | {"model"},
     "infer": _PARTS | {"model", "pipeline", "demo"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import lightning_callbacks
 from lightning_callbacks import Curves, RunLogger, ValidationInpaintings
 from lightning_module import InpaintingControlNet
+from lightning_trainer import StopWithoutProgress
 from tests import tiny
 
 DARKER = {0: 10, 1: 20, 2: 40, 3: 80}  # grey levels, by picture
@@ -117,3 +119,20 @@ def test_the_curves_show_everything_that_a_validation_found(module, fills, tmp_p
     }  # fmt: skip
     for name, value in shown.items():
         assert value == pytest.approx(float(trainer.callback_metrics[name])), name
+
+
+def test_curves_go_on_in_a_new_file_where_the_old_one_was_deleted(tmp_path) -> None:
+    logger = RunLogger(tmp_path / "run", name="", version="")
+    logger.log_metrics({"x": 1.0}, step=1)
+    logger.save()
+    shutil.rmtree(tmp_path / "run")
+    logger.log_metrics({"x": 2.0}, step=2)
+    logger.save()
+    assert [event.step for event in read_events(tmp_path / "run").Scalars("x")] == [2]
+
+
+def test_patience_is_the_flags_and_the_waiting_the_checkpoints() -> None:
+    first, resumed = (StopWithoutProgress("val/loss", patience=patience) for patience in (2, 5))
+    first.wait_count = 1
+    resumed.load_state_dict(first.state_dict())
+    assert (resumed.patience, resumed.wait_count) == (5, 1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -13,13 +15,17 @@ import torch
 from inpainting.runs import (
     CHECKPOINT_PARTS,
     RUN_PREFIX,
+    RunLog,
     adopt_checkpoint,
+    check_deepspeed_shape,
     check_output_dir,
     check_strategy_can_read,
     find_checkpoint,
     is_first_process,
+    lock_run_dir,
     new_run_dir,
     read_checkpoint,
+    read_run_state,
     run_dir_of,
     write_run_json,
 )
@@ -69,9 +75,42 @@ def test_an_output_dir_that_cant_be_is_refused(tmp_path, monkeypatch) -> None:
     assert not (tmp_path / "new").exists()
     monkeypatch.chdir(tmp_path)
     check_output_dir(Path("outputs"))
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(PermissionError, match=r"that you may write to, got outputs\."):
-        check_output_dir(Path("outputs"))
+    with pytest.raises(PermissionError, match=r"can be written to, got /proc/x \(No such file"):
+        check_output_dir(Path("/proc/x"))
+
+
+def test_a_run_folder_has_one_run_at_a_time(tmp_path) -> None:
+    lock_run_dir(tmp_path)
+    with pytest.raises(BlockingIOError, match=r"no other run going on in it, got .*Stop that run"):
+        lock_run_dir(tmp_path)  # flock knows no difference between this process and another
+    (tmp_path / "run.log").unlink()
+    lock_run_dir(tmp_path)
+
+
+def test_run_log_is_begun_again_where_it_was_deleted(tmp_path) -> None:
+    log = RunLog(tmp_path / "run")
+    say = logging.LogRecord
+    log.emit(say("name", logging.INFO, "", 0, "one", None, None))
+    shutil.rmtree(tmp_path / "run")
+    log.emit(say("name", logging.INFO, "", 0, "two", None, None))
+    log.close()
+    assert (tmp_path / "run" / "run.log").read_text().endswith(" INFO two\n")
+
+
+def test_a_checkpoints_flags_win_over_run_jsons_and_paths_come_from_there(tmp_path) -> None:
+    path = run(tmp_path, "1") / "last.ckpt"
+    write_checkpoint(path)
+    torch.save({**CHECKPOINT, "run": {"flags": {"seed": 1}, "facts": {"torch": "2"}}}, path)
+    assert read_run_state(path) == {"flags": {"seed": 1}, "facts": {"torch": "2"}}
+    write_run_json(path.parents[1], arguments={"seed": 2, "image_dir": "/pictures"}, record={})
+    assert read_run_state(path)["flags"] == {"seed": 1, "image_dir": "/pictures"}
+
+
+def test_run_json_names_the_origin_of_a_moved_checkpoint(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = write_run_json(tmp_path, arguments={}, record={}, origin=Path("moved.ckpt"))
+    assert (tmp_path / "run.json").read_text() == text
+    assert json.loads(text)["origin"] == str(tmp_path / "moved.ckpt")
 
 
 def test_a_checkpoints_run_is_the_folder_with_its_run_json(tmp_path, monkeypatch) -> None:
@@ -176,6 +215,35 @@ def test_a_checkpoint_of_the_other_kind_of_strategy_is_refused(
     with pytest.raises(ValueError, match=rf"--strategy {strategy} must get .*, {got}.*last\.ckpt"):
         check_strategy_can_read(path, strategy=strategy)
     check_strategy_can_read(path, strategy="deepspeed" if is_folder else "ddp")
+
+
+@pytest.mark.parametrize(
+    ("stage", "strategy", "world_size", "message"),
+    [
+        (2, "deepspeed_stage_2", 2, None),
+        (2, "deepspeed_stage_1", 2, None),
+        (3, "deepspeed_stage_3_offload", 2, None),
+        (2, "deepspeed_stage_2", 4, r"was written by, 2, got 4\. Set --devices"),
+        (3, "deepspeed_stage_3", 1, r"was written by, 2, got 1\. Set --devices"),
+        (2, "deepspeed_stage_3", 2, r"written by, 1 or 2, got --strategy deepspeed_stage_3"),
+        (3, "deepspeed", 2, r"was written by, 3, got --strategy deepspeed\."),
+    ],
+)
+def test_a_deepspeed_checkpoint_goes_on_with_its_stage_and_its_number_of_processes(
+    tmp_path, stage, strategy, world_size, message
+) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    models = ["mp_rank_00"] if stage == 2 else [f"zero_pp_rank_{i}_mp_rank_00" for i in range(2)]
+    for name in models:
+        (folder / f"{name}_model_states.pt").touch()
+    for i in range(2):
+        (folder / f"zero_pp_rank_{i}_mp_rank_00_optim_states.pt").touch()
+    if message is None:
+        check_deepspeed_shape(tmp_path, strategy=strategy, world_size=world_size)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_deepspeed_shape(tmp_path, strategy=strategy, world_size=world_size)
 
 
 def test_a_moved_checkpoint_is_the_new_runs_own_at_once(tmp_path) -> None:

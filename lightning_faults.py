@@ -1,0 +1,137 @@
+"""How a run fails: what happened in one line, and no process of it left waiting for another one."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from inpainting.finite import NotFiniteError
+
+logger = logging.getLogger("train_lightning")
+
+# How long a process that lost another one leaves that one to say why, and end.
+PATIENCE_S = 5.0
+# What the system refuses, whatever was asked of it: no fault of ours.
+SYSTEM_ERRNOS = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.EIO: "look after the disk",
+    errno.EMFILE: "raise `ulimit -n`",
+    errno.ENOMEM: "lower --num_workers",
+}
+_FIRST = "INPAINTING_FIRST_PROCESS"
+_LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Ss]ocket closed")
+
+
+def explain(error: BaseException, *, run_dir: Path) -> str | None:
+    """Return what happened and what to do about it; None for a fault of ours."""
+    if isinstance(error, NotFiniteError):
+        return (
+            f"{error}. The last checkpoint holds the weights before them: lower --learning_rate, "
+            "or look at those pictures"
+        )
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "out of GPU memory. Try --gradient_checkpointing, a smaller --batch_size with "
+            "--accumulate_grad_batches, or --precision bf16-mixed"
+        )
+    if isinstance(error, OSError) and error.errno in SYSTEM_ERRNOS:
+        place = error.filename or run_dir
+        return f"{error.strerror}: {place}: {SYSTEM_ERRNOS[error.errno]}"
+    if "DataLoader worker" in str(error):
+        reason = " ".join(str(error).split())
+        return f"a loader process died, perhaps for want of memory ({reason}): lower --num_workers"
+    if is_lost_process(error):
+        return "another process of this run is gone"
+    return None
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether this is what a collective raises when another process ended."""
+    is_collective = isinstance(error, dist.DistError) or type(error) is RuntimeError
+    return is_collective and dist.is_available() and bool(_LOST.search(str(error)))
+
+
+class EndTogether(pl.Callback):
+    """Notices within seconds that another process of the run ended, whatever this one waits for.
+
+    Lightning's own observer kills the first process without a word when another one fails, and
+    none of the others notices that the first one was killed: on GPUs they wait for ever.
+    torchrun does both by itself.
+    """
+
+    def __init__(self) -> None:
+        self.is_ending = False
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.environ[_FIRST] = str(os.getpid())  # what this process starts inherits it
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin to watch: the first process the others, those the first."""
+        for thread in threading.enumerate():
+            if thread.name == "child-process-observer":
+                thread._child_processes = []  # type: ignore[attr-defined]
+        for process in processes_of(trainer):
+            threading.Thread(target=self._wait_for, args=(trainer, process), daemon=True).start()
+        first = int(os.environ.get(_FIRST, os.getpid()))
+        if first != os.getpid():
+            threading.Thread(target=_end_with, args=(first,), daemon=True).start()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the word to this process: it knows why it fails."""
+        self.is_ending = True
+
+    def _wait_for(self, trainer: pl.Trainer, process: subprocess.Popen) -> None:
+        with suppress(ChildProcessError):  # Lightning's observer may take its code first
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        code = process.poll()
+        if not code:
+            return
+        time.sleep(PATIENCE_S * self.is_ending)
+        if not self.is_ending:
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed ({code})"
+            logger.error(
+                "error: process %d of this run %s. To go on: --resume_from_checkpoint last",
+                process.pid, how,
+            )  # fmt: skip
+        end_others(trainer)
+        os._exit(1)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the first one is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    logger.error(
+        "error: the first process of this run is gone. To go on: --resume_from_checkpoint last"
+    )
+    os._exit(1)
+
+
+def processes_of(trainer: pl.Trainer) -> list[subprocess.Popen]:
+    """Return the processes that this one started; none on all but the first."""
+    launcher = trainer.strategy.launcher
+    return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+
+
+def end_others(trainer: pl.Trainer) -> None:
+    """Kill the run's other processes: a signal that asks them to save would have them wait."""
+    for process in processes_of(trainer):
+        process.kill()

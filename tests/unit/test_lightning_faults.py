@@ -1,0 +1,52 @@
+"""What a failed run says: the system's refusals in a line, our own faults with their traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from inpainting.finite import NotFiniteError
+from lightning_faults import SYSTEM_ERRNOS, explain, is_lost_process
+
+GLOO = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:29500"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+         r"^No space left on device: /runs/1: make room there$"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "/runs/1/x.ckpt"), r": /runs/1/x\.ckpt: "),
+        (torch.OutOfMemoryError("CUDA out of memory"), r"^out of GPU memory\. Try --gradient_"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \n"),
+         r"a loader process died.*\(pid 7\) is killed by signal: Killed\.\): lower --num_workers$"),
+        (RuntimeError(GLOO), r"^another process of this run is gone$"),
+        (torch.distributed.DistNetworkError("Connection reset by peer"), r"^another process"),
+        (NotFiniteError("5 steps; pictures: 3"), r"^5 steps; pictures: 3\. The last checkpoint"),
+    ],
+)  # fmt: skip
+def test_what_is_no_fault_of_ours_is_said_in_a_line(error, message) -> None:
+    said = explain(error, run_dir=Path("/runs/1"))
+    assert said is not None
+    assert re.search(message, said), said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("number", SYSTEM_ERRNOS)
+def test_each_refusal_of_the_system_says_what_to_do(number) -> None:
+    assert explain(OSError(number, "refused"), run_dir=Path()) is not None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("x"), RuntimeError("shapes differ"), FileNotFoundError(errno.ENOENT, "gone"),
+     ValueError("Connection closed by peer")],
+)  # fmt: skip
+def test_a_fault_of_ours_is_not_explained_away(error) -> None:
+    assert explain(error, run_dir=Path()) is None
+    assert not is_lost_process(error)
