@@ -3,37 +3,70 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shlex
 import shutil
 import signal
+from collections.abc import Callable
+from functools import cache
+from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks.same_bits import compare_runs, list_differences, read_curves, read_last
+from demo.random_base import write_random_base
 from tests import tiny
 from tests.commands import Death, Result, run, start
 
-# Everything that has a state: accumulation, average, a schedule with warm-up, two epochs with
-# validation and named checkpoints, saves inside an epoch.
-STATEFUL = [
-    "--num_epochs", "2", "--batch_size", "1", "--accumulate_grad_batches", "2",
-    "--ema_decay", "0.9", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2",
+# What has a state in every run: a schedule with warm-up, two epochs with named checkpoints, saves
+# inside an epoch. And what may have one; any two of the three, with and without, meet in VARIANTS.
+TWO_EPOCHS = [
+    "--num_epochs", "2", "--batch_size", "1", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2",
     "--save_every_n_steps", "2", "--log_every_n_steps", "1",
 ]  # fmt: skip
+ACCUMULATED, AVERAGED = ["--accumulate_grad_batches", "2"], ["--ema_decay", "0.9"]
+NOT_VALIDATED = ["--val_split", "0"]
+STATEFUL = [*TWO_EPOCHS, *ACCUMULATED, *AVERAGED]
+VARIANTS = {
+    "accumulated, validated, averaged": STATEFUL,
+    "accumulated": [*TWO_EPOCHS, *ACCUMULATED, *NOT_VALIDATED],
+    "validated": TWO_EPOCHS,
+    "averaged": [*TWO_EPOCHS, *AVERAGED, *NOT_VALIDATED],
+}
+OTHER_VARIANTS = {
+    "plain": [*TWO_EPOCHS, *NOT_VALIDATED],
+    "accumulated, validated": [*TWO_EPOCHS, *ACCUMULATED],
+    "accumulated, averaged": [*STATEFUL, *NOT_VALIDATED],
+    "validated, averaged": [*TWO_EPOCHS, *AVERAGED],
+}
 RESUME = ["--resume_from_checkpoint", "last"]
 
 
 @pytest.fixture(scope="module")
-def straight(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing disturbed."""
-    result = run([*flags, *STATEFUL], output_dir=tmp_path_factory.mktemp("straight") / "outputs")
-    assert result.code == 0, result.output
-    return result.run_dir
+def straight_of(
+    flags: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Return the folder of a variant's run that nothing disturbed, without loader processes."""
+
+    @cache
+    def straight_of(variant: str) -> Path:
+        command = [*flags, *(VARIANTS | OTHER_VARIANTS)[variant]]
+        result = run(command, output_dir=tmp_path_factory.mktemp("straight") / "outputs")
+        assert result.code == 0, result.output
+        return result.run_dir
+
+    return straight_of
+
+
+@pytest.fixture(scope="module")
+def straight(straight_of: Callable[[str], Path]) -> Path:
+    """The folder of a run with everything that has a state."""
+    return straight_of("accumulated, validated, averaged")
 
 
 def assert_refused(result: Result, message: str) -> None:
@@ -45,50 +78,9 @@ def assert_refused(result: Result, message: str) -> None:
     assert message in errors[0]
 
 
-def read_last(run_dir: Path) -> dict[str, Any]:
-    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-def read_curves(run_dir: Path) -> dict[str, dict[int, float]]:
-    """Return each step's value of everything but the speed."""
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    tags = set(events.Tags()["scalars"]) - {"train/samples_per_second"}
-    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
-
-
-def list_differences(expected: Any, got: Any, *, at: str) -> list[str]:
-    """Compare nested states bit by bit."""
-    if isinstance(expected, torch.Tensor):
-        return [] if torch.equal(expected, got) else [f"{at}: {(expected - got).abs().max()}"]
-    if isinstance(expected, dict):
-        if expected.keys() != got.keys():
-            return [f"{at}: keys {expected.keys() ^ got.keys()}"]
-        return [d for k in expected for d in list_differences(expected[k], got[k], at=f"{at}/{k}")]
-    if isinstance(expected, list | tuple):
-        if len(expected) != len(got):
-            return [f"{at}: {len(expected)} entries, got {len(got)}"]
-        pairs = enumerate(zip(expected, got, strict=True))
-        return [d for i, pair in pairs for d in list_differences(*pair, at=f"{at}[{i}]")]
-    return [] if expected == got else [f"{at}: {expected}, got {got}"]
-
-
 def assert_same_run(expected: Path, got: Path) -> None:
-    """Everything that a run leaves is the same, to the bit; how fast it was is another matter."""
-    names = [sorted(p.name for p in (run / "checkpoints").iterdir()) for run in (expected, got)]
-    assert names[0] == names[1]
-    weights = [torch.load(run / "final_model" / "controlnet.pth") for run in (expected, got)]
-    differences = list_differences(*weights, at="controlnet.pth")
-    states = [read_last(run) for run in (expected, got)]
-    for key in ("global_step", "epoch", "state_dict", "average", "optimizer_states",
-                "lr_schedulers", "loss_sums", "loops"):  # fmt: skip
-        differences += list_differences(*(state[key] for state in states), at=key)
-    ranked = []
-    for state in states:
-        callback = next(v for k, v in state["callbacks"].items() if k.startswith("NamedCheckpoint"))
-        scores = {Path(path).name: v for path, v in callback["best_k_models"].items()}
-        ranked.append({**scores, "best": Path(callback["best_model_path"]).name})
-    differences += list_differences(*ranked, at="ranking")
-    differences += list_differences(*(read_curves(run) for run in (expected, got)), at="curves")
+    """Everything that a run leaves is the same, to the bit."""
+    differences = compare_runs(expected, got)
     assert not differences, "\n".join(differences)
 
 
@@ -98,38 +90,103 @@ NAMED = "lightning_checkpoints:NamedCheckpoint.on_train_epoch_end"
 FORWARD = "lightning_module:predict_noise"
 VALIDATION = "lightning_callbacks:Curves.on_validation_start"
 PICTURE = "lightning_callbacks:inpaint"
-# FORWARD: 2 for the sanity check (the base alone, too), 10 to train, 3 to validate (of the base
-# one picture is left), 10 to train, 2 to validate.
-DEATHS = {
-    "the first save, before the file has its name": [Death("torch:save", after=True)],
-    "a later save, before the file has its name": [Death("torch:save", 2, after=True)],
-    "between the micro-batches of a step": [Death(FORWARD, 8)],
-    "right after a save inside an epoch": [Death(SAVE, 2, after=True)],
-    "after a step, before its save": [Death(SAVE, 3)],
-    "an epoch's last step, before validation": [Death(VALIDATION, 2)],
-    "during validation": [Death(PICTURE)],
-    "after validation, before the named checkpoint": [Death(NAMED)],
-    "between the named checkpoint and last.ckpt": [Death(NAMED, after=True)],
-    "an epoch's end": [Death(EPOCH_END, after=True)],
-    "the second epoch": [Death(FORWARD, 23)],
-    "before the export": [Death(EPOCH_END, 2, after=True)],
+
+
+def forward(variant: str, *, epoch: int, batch: int) -> Death:
+    """Kill before the forward pass of a micro-batch, counted from 1.
+
+    A validation adds 2 for the sanity check (the base alone, too) and 3 for an epoch's (of the base
+    one picture is left).
+    """
+    validates = "validated" in variant
+    epoch_size = 10 if validates else 12
+    return Death(FORWARD, 2 * validates + epoch * (epoch_size + 3 * validates) + batch)
+
+
+MOMENTS: dict[str, Callable[[str], Death]] = {
+    "the first save, before the file has its name": lambda _: Death("torch:save", after=True),
+    "a later save, before the file has its name": lambda _: Death("torch:save", 2, after=True),
+    "within an epoch": lambda variant: forward(variant, epoch=0, batch=6),
+    "right after a save inside an epoch": lambda _: Death(SAVE, 2, after=True),
+    "after a step, before its save": lambda _: Death(SAVE, 3),
+    "an epoch's last step, before validation": lambda _: Death(VALIDATION, 2),
+    "during validation": lambda _: Death(PICTURE),
+    "before the named checkpoint": lambda _: Death(NAMED),
+    "between the named checkpoint and last.ckpt": lambda _: Death(NAMED, after=True),
+    "an epoch's end": lambda _: Death(EPOCH_END, after=True),
+    "the second epoch": lambda variant: forward(variant, epoch=1, batch=8),
+    "before the export": lambda _: Death(EPOCH_END, 2, after=True),
 }
+# Each moment once; each pair of (number of loader processes, accumulated, validated, averaged).
+ROWS = [
+    ("the first save, before the file has its name", "accumulated", 0),
+    ("a later save, before the file has its name", "averaged", 4),
+    ("within an epoch", "accumulated", 4),
+    ("right after a save inside an epoch", "averaged", 0),
+    ("after a step, before its save", "validated", 4),
+    ("an epoch's last step, before validation", "accumulated, validated, averaged", 4),
+    ("during validation", "validated", 0),
+    ("before the named checkpoint", "accumulated, validated, averaged", 0),
+    ("between the named checkpoint and last.ckpt", "accumulated", 4),
+    ("an epoch's end", "averaged", 4),
+    ("the second epoch", "accumulated, validated, averaged", 0),
+    ("before the export", "accumulated", 0),
+]
+ALL_ROWS = [
+    (moment, variant, num_workers)
+    for moment in MOMENTS
+    for variant in VARIANTS | OTHER_VARIANTS
+    for num_workers in (0, 4)
+    if "validated" in variant or "validation" not in moment
+]
 
 
-@pytest.mark.parametrize("deaths", DEATHS.values(), ids=DEATHS.keys())
+def test_the_rows_hold_each_moment_and_each_pair_of_settings() -> None:
+    assert {moment for moment, _, _ in ROWS} == MOMENTS.keys()
+
+    def settings(variant: str, num_workers: int) -> list[tuple[str, object]]:
+        parts = ("accumulated", "validated", "averaged")
+        return [("workers", num_workers), *((part, part in variant) for part in parts)]
+
+    pairs = [
+        {
+            pair
+            for _, variant, workers in rows
+            for pair in combinations(settings(variant, workers), 2)
+        }
+        for rows in (ROWS, ALL_ROWS)
+    ]
+    assert pairs[0] == pairs[1], pairs[1] - pairs[0]
+
+
+@pytest.mark.parametrize(("moment", "variant", "num_workers"), ROWS)
 def test_a_killed_run_resumes_to_the_same_bits(
-    deaths: list[Death], straight: Path, flags: list[str], output_dir: Path
-) -> None:
-    killed = run([*flags, *STATEFUL], output_dir=output_dir, deaths=deaths)
+    moment: str, variant: str, num_workers: int, straight_of: Callable[[str], Path],
+    flags: list[str], output_dir: Path,
+) -> None:  # fmt: skip
+    command = [*flags, *(VARIANTS | OTHER_VARIANTS)[variant], "--num_workers", str(num_workers)]
+    killed = run(command, output_dir=output_dir, deaths=[MOMENTS[moment](variant)])
     assert killed.code == -signal.SIGKILL, killed.output
     if not any(output_dir.glob("*/checkpoints/last.ckpt")):
-        resumed = run([*flags, *STATEFUL, *RESUME], output_dir=output_dir)
+        resumed = run([*command, *RESUME], output_dir=output_dir)
         assert_refused(resumed, "needs a run with a loadable checkpoint")
         return
-    resumed = run([*flags, *STATEFUL, *RESUME], output_dir=output_dir)
+    resumed = run([*command, *RESUME], output_dir=output_dir)
     assert resumed.code == 0, resumed.output
     assert "Training: " not in resumed.output, "a bar that doesn't know its epoch"
-    assert_same_run(straight, resumed.run_dir)
+    assert "changed: " not in resumed.output
+    assert_same_run(straight_of(variant), resumed.run_dir)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("moment", "variant", "num_workers"), sorted({*ALL_ROWS} - {*ROWS}))
+def test_every_killed_run_resumes_to_the_same_bits(
+    moment: str, variant: str, num_workers: int, straight_of: Callable[[str], Path],
+    flags: list[str], output_dir: Path,
+) -> None:  # fmt: skip
+    test_a_killed_run_resumes_to_the_same_bits(
+        moment, variant, num_workers, straight_of, flags, output_dir
+    )
 
 
 def test_a_run_killed_twice_with_workers_resumes_to_the_same_bits(
@@ -154,8 +211,7 @@ def test_a_signal_stops_after_the_step_and_the_printed_flag_goes_on(
     # It pauses at the 7th micro-batch: there the signal reaches the whole group, workers included.
     pause = Death(FORWARD, 9, signum=signal.SIGSTOP)
     running = start(command, output_dir=output_dir, deaths=[pause])
-    stat = Path(f"/proc/{running.process.pid}/stat")
-    running.wait_until(lambda: stat.read_text().rsplit(")", 1)[1].split()[0] == "T")
+    running.wait_until_paused()
     running.signal_group(signum)
     running.signal_group(signal.SIGCONT)
     stopped = running.wait()
@@ -279,6 +335,56 @@ def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once(
         assert not list_differences(*(state[key] for state in states), at=key)
 
 
+def test_every_changed_flag_is_said_and_has_its_effect(flags: list[str], output_dir: Path) -> None:
+    command = [*flags, "--log_every_n_steps", "1", "--lr_scheduler", "linear"]
+    first = run(command, output_dir=output_dir)
+    changed = {
+        "--num_epochs": "1 -> 2: takes effect",
+        "--learning_rate": "0.001 -> 0.002: takes effect",
+        "--adam_weight_decay": "0.01 -> 0.1: takes effect",
+        "--lr_scheduler": "linear -> constant: takes effect",
+        "--num_workers": "0 -> 1: takes effect",
+        "--gradient_clip_val": "1.0 -> 0.5: changes the bits",
+    }
+    values = [
+        word
+        for flag, line in changed.items()
+        for word in (flag, line.split(" -> ")[1].split(":")[0])
+    ]
+    resumed = run([*command, *values, *RESUME], output_dir=output_dir)
+    assert resumed.code == 0, resumed.output
+    said = re.findall(r"^changed: (--\w+) (.*)$", resumed.output, re.MULTILINE)
+    assert dict(said) == changed, resumed.output
+    assert "but not to the same bits" in resumed.output
+    log = (resumed.run_dir / "run.log").read_text()
+    assert "changed: --num_epochs 1 -> 2: takes effect" in log
+    rates = read_curves(resumed.run_dir)["train/lr"]
+    assert rates[5] == pytest.approx(1e-3 * (1 - 4 / 5))
+    assert [rates[step] for step in range(6, 11)] == pytest.approx([2e-3] * 5)
+    assert first.run_dir == resumed.run_dir
+    [group] = read_last(resumed.run_dir)["optimizer_states"][0]["param_groups"]
+    assert group["weight_decay"] == 0.1
+
+
+def test_a_run_that_goes_on_cannot_be_resumed_beside_it_and_can_be_when_killed(
+    straight: Path, flags: list[str], output_dir: Path
+) -> None:
+    pause = Death(FORWARD, 9, signum=signal.SIGSTOP)
+    command = [*flags, *STATEFUL, "--num_workers", "1"]
+    running = start(command, output_dir=output_dir, deaths=[pause])
+    running.wait_until_paused()
+    beside = run([*command, *RESUME], output_dir=output_dir)
+    assert_refused(beside, "must have no other run going on in it")
+    [worker, *_] = running.children()
+    os.kill(running.process.pid or 0, signal.SIGKILL)
+    running.process.join()
+    assert Path(f"/proc/{worker}").exists(), "it must not hold the lock while it outlives the run"
+    resumed = run([*command, *RESUME], output_dir=output_dir)
+    running.wait()
+    assert resumed.code == 0, resumed.output
+    assert_same_run(straight, resumed.run_dir)
+
+
 def read_originals(run_dir: Path) -> dict[int, list[bytes]]:
     """Return the pictures of train/original at each step."""
     events = EventAccumulator(str(run_dir), size_guidance={"images": 0}).Reload()
@@ -348,7 +454,11 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(
     torch.save(no_average, tmp_path / "no_average.ckpt")
     (tmp_path / "deepspeed").mkdir()
     (tmp_path / "deepspeed" / "latest").write_text("checkpoint")
-    other_base = ["--pretrained_model_name_or_path", str(tiny.base_folder(stride=4))]
+    other_base, same_shape = (
+        ["--pretrained_model_name_or_path", str(folder)]
+        for folder in (tiny.base_folder(stride=4), write_random_base(tmp_path / "base", seed=1))
+    )
+    velocity = ["--prediction_type", "v_prediction"]
     for value, extra, message in (
         (torn, [], "can't be read"),
         (straight / "final_model" / "controlnet.pth", [], "--controlnet_weights"),
@@ -357,7 +467,9 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(
         (tmp_path / "deepspeed", ["--strategy", "ddp"], "got the DeepSpeed folder"),
         ("last", [], "loadable checkpoint"),
         (tmp_path / "no_average.ckpt", ["--ema_decay", "0.9"], "--ema_decay"),
-        (checkpoints / "last.ckpt", other_base, "a run with this base"),
+        (checkpoints / "last.ckpt", other_base, "of another shape: controlnet_cond_embedding."),
+        (checkpoints / "last.ckpt", same_shape, "--pretrained_model_name_or_path must be the base"),
+        (checkpoints / "last.ckpt", velocity, "--prediction_type must stay"),
     ):
         command = [*flags, *extra, "--resume_from_checkpoint", str(value)]
         assert_refused(run(command, output_dir=tmp_path / "outputs"), message)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.same_bits import compare_runs
 from inpainting.runs import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -271,6 +272,54 @@ def test_a_signal_while_one_rank_waits_for_the_other_ends_both_at_once(
             os.kill(pid, signal.SIGTERM)
         command.wait_until(lambda: not command.members(), limit_s=STOP_LIMIT_S)
         assert command.process.wait() == 143, command.output()
+
+
+@pytest.mark.parametrize(
+    ("killed", "said"),
+    [("the first", "the first process of this run is gone"),
+     ("another", "of this run was killed by SIGKILL")],
+)  # fmt: skip
+def test_a_killed_rank_ends_the_other_one(
+    killed: str, said: str, flags: list[str], tmp_path: Path
+) -> None:
+    long = [*DDP, "--num_epochs", "1000"]
+    with Command([*TRAIN, *flags, *long], output_dir=tmp_path / "outputs") as command:
+        command.wait_for_saves(2)
+        first = command.process.pid
+        [other] = [pid for pid in command.members() if pid != first]
+        os.kill(first if killed == "the first" else other, signal.SIGKILL)
+        command.wait_until(lambda: not command.members(), limit_s=STOP_LIMIT_S)
+        assert command.process.wait() == (-signal.SIGKILL if killed == "the first" else 1)
+        errors = [line for line in command.output().splitlines() if "error: " in line]
+        assert len(errors) == 1, command.output()
+        assert said in errors[0]
+        assert errors[0].endswith("To go on: --resume_from_checkpoint last")
+    assert read_last_step(only_run(tmp_path / "outputs")) > 0
+
+
+def test_a_nan_on_one_rank_keeps_all_ranks_from_the_step(flags: list[str], tmp_path: Path) -> None:
+    spoiled = [sys.executable, "-m", "tests.spoiled_training"]
+    run_dir = run([*spoiled, *flags, *DDP, "--max_steps", "1"], output_dir=tmp_path / "outputs")
+    assert "1 of the steps up to 1 had a NaN" in (run_dir / "run.log").read_text()
+    # A zero convolution starts at 0, and any step moves it.
+    assert not read_weights(run_dir)["controlnet_mid_block.weight"].any()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("num_saves", [2, 4, 6, 8, 10])
+def test_ddp_with_everything_resumes_to_the_same_bits(
+    num_saves: int, flags: list[str], tmp_path: Path
+) -> None:
+    stateful = [
+        *TRAIN, *flags, *DDP, "--accumulate_grad_batches", "2", "--ema_decay", "0.9",
+        "--lr_scheduler", "cosine", "--num_workers", "2", "--num_epochs", "4",
+    ]  # fmt: skip
+    straight = run(stateful, output_dir=tmp_path / "straight")
+    output_dir = tmp_path / "outputs"
+    with Command(stateful, output_dir=output_dir) as command:
+        command.wait_for_saves(num_saves)
+    resumed = run([*stateful, "--resume_from_checkpoint", "last"], output_dir=output_dir)
+    assert not compare_runs(straight, resumed)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
