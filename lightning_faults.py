@@ -54,7 +54,7 @@ def explain(error: BaseException, *, run_dir: Path) -> str | None:
     if isinstance(error, OSError) and error.errno in SYSTEM_ERRNOS:
         place = error.filename or run_dir
         return f"{error.strerror}: {place}: {SYSTEM_ERRNOS[error.errno]}"
-    if "DataLoader worker" in str(error):
+    if "DataLoader worker (pid" in str(error):  # not what one of them raised
         reason = " ".join(str(error).split())
         return f"a loader process died, perhaps for want of memory ({reason}): lower --num_workers"
     if is_lost_process(error):
@@ -95,8 +95,8 @@ class EndTogether(pl.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Leave the word to this process: it knows why it fails."""
-        self.is_ending = True
+        """Leave the word to this process where it knows why it fails."""
+        self.is_ending = not is_lost_process(exception)
 
     def _wait_for(self, trainer: pl.Trainer, process: subprocess.Popen) -> None:
         with suppress(ChildProcessError):  # Lightning's observer may take its code first
@@ -104,8 +104,11 @@ class EndTogether(pl.Callback):
         code = process.poll()
         if not code:
             return
-        time.sleep(PATIENCE_S * self.is_ending)
-        if not self.is_ending:
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):  # it was told to end at once
+            os._exit(code)
+        if self.is_ending:
+            time.sleep(2 * PATIENCE_S)  # it ends by itself, or hangs
+        else:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed ({code})"
             logger.error(
                 "error: process %d of this run %s. To go on: --resume_from_checkpoint last",

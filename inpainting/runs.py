@@ -118,7 +118,8 @@ def lock_run_dir(run_dir: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
             raise
-    os.register_at_fork(after_in_child=lambda: os.close(descriptor))
+    held = [descriptor]
+    os.register_at_fork(after_in_child=lambda: os.close(held.pop()) if held else None)
 
 
 def run_dir_of(checkpoint_path: Path) -> Path | None:

@@ -45,7 +45,8 @@ def test_each_refusal_of_the_system_says_what_to_do(number) -> None:
 @pytest.mark.parametrize(
     "error",
     [KeyError("x"), RuntimeError("shapes differ"), FileNotFoundError(errno.ENOENT, "gone"),
-     ValueError("Connection closed by peer")],
+     ValueError("Connection closed by peer"),
+     KeyError("Caught KeyError in DataLoader worker process 0.")],
 )  # fmt: skip
 def test_a_fault_of_ours_is_not_explained_away(error) -> None:
     assert explain(error, run_dir=Path()) is None
