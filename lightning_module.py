@@ -97,6 +97,7 @@ class InpaintingControlNet(pl.LightningModule):
         self.loss_sums = torch.zeros(4, dtype=torch.float64)
         self.finite_steps = FiniteSteps(has_loss_scaler=precision == "16-mixed")
         self._is_resumed = False
+        self._num_steps = self._num_skipped = 0
         self._validation_losses: list[dict[str, Tensor]] = []
         self._base_losses: dict[int, float] = {}
 
@@ -145,20 +146,39 @@ class InpaintingControlNet(pl.LightningModule):
         self.finite_steps.to(self.device)
 
     def on_train_start(self) -> None:
-        """Let a resumed run's own flags rule its optimizer and schedule: a checkpoint has the old.
+        """Train without the VAE, after the sanity check; let a resumed run's own flags rule.
 
-        Whatever didn't change gets the same bits again.
+        A checkpoint has the optimizer and the schedule of the old ones. Whatever didn't change gets
+        the same bits again.
         """
+        self._put_vae_away()
+        self._num_steps, self._num_skipped = self.trainer.global_step, self._count_skipped()
         if not self._is_resumed:
             return
         (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
         schedule = cast(LambdaLR, config.scheduler)
-        schedule.base_lrs = [self.learning_rate] * len(schedule.base_lrs)
-        schedule._last_lr = schedule.get_lr()
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        schedule.base_lrs = [self.learning_rate] * len(factors)
+        schedule._last_lr = [self.learning_rate * factor for factor in factors]
         for group, learning_rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
             group["initial_lr"] = self.learning_rate
             group["lr"] = learning_rate
             group["weight_decay"] = self.adam_weight_decay
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Count DeepSpeed's steps: it leaves bad ones out by itself, and tells it afterwards."""
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            num_skipped = self._count_skipped()
+            if self.trainer.global_step != self._num_steps:
+                is_bad = num_skipped > self._num_skipped
+                self.finite_steps.judge(self.loss_sums.new_tensor(torch.inf if is_bad else 0.0))
+            self._num_steps, self._num_skipped = self.trainer.global_step, num_skipped
+
+    def _count_skipped(self) -> int:
+        """Return the steps that DeepSpeed has left out so far."""
+        strategy = self.trainer.strategy
+        is_deepspeed = isinstance(strategy, DeepSpeedStrategy)
+        return strategy.deepspeed_engine.skipped_steps if is_deepspeed else 0
 
     def on_before_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
         """Encode what the cache lacks, while the batch is on the CPU: a hit costs no wait.
@@ -185,10 +205,6 @@ class InpaintingControlNet(pl.LightningModule):
         """Free the device of the VAE until a picture is missing in the cache, or is to be shown."""
         if self.moments_cache is not None:
             self.base.move_vae(torch.device("cpu"))
-
-    def on_train_start(self) -> None:
-        """Train without the VAE, after the sanity check."""
-        self._put_vae_away()
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch and add it to the running sums if it is finite."""
