@@ -34,6 +34,11 @@ class RunLogger(TensorBoardLogger):
     """TensorBoard alone: Lightning's logger would also leave an empty hparams.yaml."""
 
     @property
+    def log_dir(self) -> str:
+        """The run's folder as it is: Lightning's own would expand a `$HOME` in its name."""
+        return self.save_dir
+
+    @property
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
         """Begin a new events file where somebody deleted the old one: writing to it would fail."""

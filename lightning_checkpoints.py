@@ -45,10 +45,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """Write one checkpoint file.
 
-        Through a file of Python's: given a path, torch.save hides why it couldn't write.
+        Through a file of Python's, whose error is raised: torch.save's own hides why it failed.
         """
         with replace_atomically(Path(path)) as temporary, temporary.open("wb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
 
 class KeepRunFolder(pl.Callback):
