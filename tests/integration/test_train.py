@@ -203,8 +203,10 @@ def test_the_monitor_ranks_the_checkpoints(
 
 
 def test_a_run_that_ends_before_the_first_point_has_one(flags: list[str], output_dir: Path) -> None:
-    result = run([*flags, "--max_steps", "2"], output_dir=output_dir)
+    warm_up = ["--lr_scheduler", "cosine", "--lr_warmup_steps", "2"]
+    result = run([*flags, "--max_steps", "2", *warm_up], output_dir=output_dir)
     assert result.code == 0, result.output
+    assert "--lr_warmup_steps 2 isn't over before the run's 2 steps are" in result.output
     assert list(read_curve(result.run_dir, "train/loss")) == [2]
     assert list(read_curve(result.run_dir, "train/lr")) == [2]
 
