@@ -177,8 +177,9 @@ class InpaintingControlNet(pl.LightningModule):
     def _count_skipped(self) -> int:
         """Return the steps that DeepSpeed has left out so far."""
         strategy = self.trainer.strategy
-        is_deepspeed = isinstance(strategy, DeepSpeedStrategy)
-        return strategy.deepspeed_engine.skipped_steps if is_deepspeed else 0
+        if isinstance(strategy, DeepSpeedStrategy):
+            return strategy.deepspeed_engine.skipped_steps
+        return 0
 
     def on_before_batch_transfer(self, batch: Sample, dataloader_idx: int) -> Sample:
         """Encode what the cache lacks, while the batch is on the CPU: a hit costs no wait.

@@ -349,15 +349,12 @@ def _open_run_dir(
     if own_dir is None:
         lock_run_dir(run_dir)
     logging.getLogger().addHandler(RunLog(run_dir))
-    is_moved = own_dir is None and checkpoint_path is not None
+    origin = checkpoint_path if own_dir is None else None
     run_json = write_run_json(
-        run_dir,
-        arguments=_portable_arguments(args),
-        record=asdict(record),
-        origin=checkpoint_path if is_moved else None,
+        run_dir, arguments=_portable_arguments(args), record=asdict(record), origin=origin
     )
-    if is_moved:
-        adopt_checkpoint(checkpoint_path, run_dir=run_dir)
+    if origin is not None:
+        adopt_checkpoint(origin, run_dir=run_dir)
     return run_dir, run_json
 
 
