@@ -109,6 +109,7 @@ class EndTogether(pl.Callback):
         if self.is_ending:
             time.sleep(2 * PATIENCE_S)  # it ends by itself, or hangs
         else:
+            print(flush=True)  # the bar's line ends here
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed ({code})"
             logger.error(
                 "error: process %d of this run %s. To go on: --resume_from_checkpoint last",
