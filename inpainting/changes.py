@@ -26,7 +26,8 @@ FLAG_EFFECTS = dict.fromkeys(
 ) | dict.fromkeys(
     ("batch_size", "image_size", "val_split", "mask_types", "mask_area_range", "snr_gamma",
      "empty_prompt_prob", "gradient_clip_val", "accumulate_grad_batches", "ema_decay", "precision",
-     "accelerator", "strategy", "seed", "deterministic", "overfit_batches", "limit_train_batches"),
+     "accelerator", "strategy", "seed", "deterministic", "overfit_batches", "limit_train_batches",
+     "num_crops", "cache_latents"),
     CHANGES_BITS,
 )  # fmt: skip
 FLAGS_OF_ONE_START = (
@@ -35,6 +36,7 @@ FLAGS_OF_ONE_START = (
 # Local paths: they stand in run.json alone. What they lead to is among the facts.
 PATH_FLAGS = (
     "image_dir", "ann_file", "caption_file", "pretrained_model_name_or_path", "base_config",
+    "cache_latents",
 )  # fmt: skip
 # What else decides the bits, by its name on screen.
 FACT_NAMES = {
