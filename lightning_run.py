@@ -287,6 +287,7 @@ def _facts(args: argparse.Namespace, *, index: CocoIndex, base: Base) -> dict[st
         "base": base.name,
         "base_unet_sha256": base_hash(base.unet),
         "data": index.fingerprint(),
+        "latents": "unrounded" if args.cache_latents == "off" else "rounded",
         "processes": least_world_size(args),
         "device": device,
         "torch": str(torch.__version__),

@@ -21,13 +21,13 @@ FLAG_EFFECTS = dict.fromkeys(
      "lr_warmup_steps", "early_stopping_patience", "num_workers", "gradient_checkpointing",
      "devices", "num_nodes", "save_every_n_epochs", "save_every_n_steps", "save_top_k", "monitor",
      "log_every_n_steps", "log_images_every_n_steps", "profiler", "base_config",
-     "pretrained_model_name_or_path", "image_dir", "ann_file", "caption_file"),
+     "pretrained_model_name_or_path", "image_dir", "ann_file", "caption_file", "cache_latents"),
     TAKES_EFFECT,
 ) | dict.fromkeys(
     ("batch_size", "image_size", "val_split", "mask_types", "mask_area_range", "snr_gamma",
      "empty_prompt_prob", "gradient_clip_val", "accumulate_grad_batches", "ema_decay", "precision",
      "accelerator", "strategy", "seed", "deterministic", "overfit_batches", "limit_train_batches",
-     "num_crops", "cache_latents"),
+     "num_crops"),
     CHANGES_BITS,
 )  # fmt: skip
 FLAGS_OF_ONE_START = (
@@ -41,6 +41,7 @@ PATH_FLAGS = (
 # What else decides the bits, by its name on screen.
 FACT_NAMES = {
     "data": "the data (its records, by their hash)",
+    "latents": "the latents (--cache_latents)",
     "processes": "the number of processes",
     "device": "the device",
     "torch": "torch",

@@ -344,6 +344,7 @@ def test_every_changed_flag_is_said_and_has_its_effect(flags: list[str], output_
         "--adam_weight_decay": "0.01 -> 0.1: takes effect",
         "--lr_scheduler": "linear -> constant: takes effect",
         "--num_workers": "0 -> 1: takes effect",
+        "--cache_latents": "auto -> off: takes effect",
         "--gradient_clip_val": "1.0 -> 0.5: changes the bits",
     }
     values = [
@@ -355,6 +356,8 @@ def test_every_changed_flag_is_said_and_has_its_effect(flags: list[str], output_
     assert resumed.code == 0, resumed.output
     said = re.findall(r"^changed: (--\w+) (.*)$", resumed.output, re.MULTILINE)
     assert dict(said) == changed, resumed.output
+    latents = "changed: the latents (--cache_latents) rounded -> unrounded: changes the bits"
+    assert latents in resumed.output
     assert "but not to the same bits" in resumed.output
     log = (resumed.run_dir / "run.log").read_text()
     assert "changed: --num_epochs 1 -> 2: takes effect" in log
