@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -79,7 +81,8 @@ def test_a_full_disk_turns_the_cache_off_and_changes_nothing(
     straight: tuple[Path, Path], flags: list[str], output_dir: Path, tmp_path: Path
 ) -> None:
     command = [*flags, *TWO_EPOCHS, "--cache_latents", tmp_path / "latents"]
-    full = run(command, output_dir=output_dir, deaths=[Fault("os:pwrite", 5)])
+    disk_full = Fault("os:pwrite", 5, error=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    full = run(command, output_dir=output_dir, deaths=[disk_full])
     assert full.code == 0, full.output
     assert full.output.count("latents: no more are kept") == 1, full.output
     assert_same_run(straight[0], full.run_dir)
