@@ -218,3 +218,10 @@ def test_the_install_commands_name_what_is_there() -> None:
     assert re.findall(r"pip install -r (\S+)", text) == ["requirements.txt"]
     development = (ROOT / "requirements-dev.txt").read_text()
     assert development.startswith("-r requirements.txt\n")
+
+
+def test_the_readmes_table_is_what_the_command_printed() -> None:
+    results = (ROOT / "docs" / "demo_results.md").read_text(encoding="utf-8")
+    table = results.split("\n\n")[1]
+    assert table.startswith("| hole "), table
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
