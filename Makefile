@@ -1,6 +1,7 @@
 # make demo    train and fill holes on drawn scenes, nothing downloaded but the requirements
 # make test    the tests       make check   formatting, lint, types, and the tests
 # make lint    the first three make format  reformat
+# make soak    the tests that take minutes or hours
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 # times as long.
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint check format
+.PHONY: demo test soak lint check format
 
 $(INSTALLED): requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +24,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest
+
+soak: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python -m pytest -m soak
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -29,7 +29,7 @@ from lightning_checkpoints import (
     StopAtMaxSteps,
     StopOnSignal,
 )
-from lightning_data import InpaintingDataModule
+from lightning_data import CountUnreadable, InpaintingDataModule
 
 
 class DeepSpeedAutocast(DeepSpeedPrecision):
@@ -78,6 +78,7 @@ def build_trainer(
     # The order matters: the position and the average move on before last.ckpt is written.
     callbacks = [
         position,
+        CountUnreadable(datamodule.unreadable),
         *([AverageWeights()] if args.ema_decay else []),
         Curves(every_n_steps=args.log_every_n_steps),
         *([TrainingPictures(every_n_steps=args.log_images_every_n_steps)]
