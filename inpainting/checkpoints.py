@@ -62,8 +62,9 @@ def write_final_model(
     config = json.loads(controlnet.to_json_string())
     config.pop("_name_or_path", None)  # where this machine had the weights that were continued
     # The weights before what vouches for them: a record never stands beside older weights alone.
-    with replace_atomically(folder / "controlnet.pth") as temporary:
-        torch.save(tensors, temporary)
+    # Through an open file: torch.save would keep the temporary file's name, another each time.
+    with replace_atomically(folder / "controlnet.pth") as path, path.open("wb") as file:
+        torch.save(tensors, file)
     write_weights(folder / "diffusion_pytorch_model.safetensors", tensors=tensors, record=record)
     write_config(folder / "config.json", config=config)
     write_text_atomically(folder / RECORD_NAME, record.to_json())
