@@ -41,6 +41,7 @@ def base_whose_error_is_the_prompts_number(monkeypatch: pytest.MonkeyPatch) -> A
         tokenizer=None,
         noise_scheduler=base.noise_scheduler,
         encode_image=base.encode_image,
+        sample_latents=base.sample_latents,
         encode_prompt=lambda input_ids: input_ids.float()[..., None],
         unet=unet,
     )
