@@ -6,22 +6,24 @@ draws nothing. Each number is addressed by (seed, epoch, image id), see inpainti
 
 from __future__ import annotations
 
+import errno
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
-from PIL.Image import Image
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import CLIPTokenizer
 
 from inpainting.captions import choose_prompt, tokenize
 from inpainting.coco import CocoIndex, Rle
-from inpainting.images import crop_box, open_image, resize_image, resize_mask
+from inpainting.images import crop_box, resize_image, resize_mask
 from inpainting.latents import NO_SLOT, MomentsCache, Slot, tag_pixels
 from inpainting.masks import draw_mask
 from inpainting.randomness import generator
@@ -33,6 +35,12 @@ VALIDATION_SEED = 20_230_210
 # Runs with different seeds cut the same crops, in another order: they can share a cache.
 CROP_SEED = VALIDATION_SEED
 CENTRE_VIEW = 0
+
+# Errors that belong to the moment, not to the picture: it is read again, after so many seconds.
+PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+PAUSES_S = (1.0, 5.0)
+# Errors of the machine: to leave pictures out for them would hide a fault.
+MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Sample(TypedDict):
@@ -95,6 +103,55 @@ class SampleRule:
         return range(CENTRE_VIEW + 1, CENTRE_VIEW + 1 + 2 * self.num_crops)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """One picture as it is trained on.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) uint8, 1 = hole to fill.
+        prompt: in words, "" where it was dropped.
+        view: which of the picture's views it is, see `place_view`.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    prompt: str
+    view: int
+
+
+class UnreadablePictureError(ValueError):
+    """A picture can't be read, and none may take its place."""
+
+
+class UnreadablePictures:
+    """Which pictures turned out to be unreadable: one byte a row that loader processes share.
+
+    Args:
+        num_rows: of the index.
+        is_error: refuse the first one (--strict_data).
+    """
+
+    def __init__(self, num_rows: int, *, is_error: bool) -> None:
+        self.flags = torch.zeros(num_rows, dtype=torch.uint8).share_memory_()
+        self.is_error = is_error
+
+    def __contains__(self, row: int) -> bool:
+        return bool(self.flags[row])
+
+    def add(self, row: int, reason: Exception) -> None:
+        """Leave a picture out from now on, and name it.
+
+        Raises:
+            UnreadablePictureError: none may be left out.
+        """
+        if self.is_error:
+            raise UnreadablePictureError(f"--strict_data: {reason}") from reason
+        if row not in self:
+            self.flags[row] = 1
+            logger.warning("left out: %s", reason)
+
+
 class CocoInpaintingDataset(Dataset[Sample]):
     """Pictures of a CocoIndex with a hole, a prompt and the step's random numbers.
 
@@ -109,6 +166,7 @@ class CocoInpaintingDataset(Dataset[Sample]):
         rule: what a sample looks like.
         is_training: crop, flip and prompt drop drawn anew each epoch; otherwise fixed.
         moments_cache: where the VAE's moments are kept, or None for samples without.
+        unreadable: what this and other datasets have found.
     """
 
     def __init__(
@@ -120,6 +178,7 @@ class CocoInpaintingDataset(Dataset[Sample]):
         rule: SampleRule,
         is_training: bool,
         moments_cache: MomentsCache | None,
+        unreadable: UnreadablePictures,
     ) -> None:
         self.index = index
         self.rows = np.asarray(rows, dtype=np.int64)
@@ -127,7 +186,7 @@ class CocoInpaintingDataset(Dataset[Sample]):
         self.rule = rule
         self.is_training = is_training
         self.moments_cache = moments_cache
-        self._is_unreadable: set[int] = set()
+        self.unreadable = unreadable
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -135,94 +194,108 @@ class CocoInpaintingDataset(Dataset[Sample]):
     def __getitem__(self, address: tuple[int, int]) -> Sample:
         """Return the sample at (epoch, position).
 
-        A picture that can't be read is replaced by the next one in the split, which is the same
-        one in every run, and is named once: one bad row must not end days of training.
+        A picture that can't be read is replaced by the next one in the split that can. Which one
+        that is depends on the files alone, not on who looks, or when: it is the same one in every
+        loader process, on every rank and after a resume.
 
         Raises:
-            ValueError: not one picture of the split can be read.
+            UnreadablePictureError: not one picture of the split can be read, or none may be left
+                out.
+            OSError: the machine is out of files or memory.
         """
         epoch, position = address
         for offset in range(len(self)):
             row = int(self.rows[(position + offset) % len(self)])
-            if row in self._is_unreadable:
+            if row in self.unreadable:
                 continue
             try:
-                return self._build_sample(row, epoch=epoch)
+                picture = _open_patiently(self.index, row)
             except (ValueError, OSError) as error:
-                self._is_unreadable.add(row)
-                logger.warning("left out: %s", error)
-        raise ValueError("at least one picture must be readable, got none: see the lines above.")
+                if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+                    raise
+                self.unreadable.add(row, error)
+                continue
+            return self._build_sample(row, picture=picture, epoch=epoch)
+        raise UnreadablePictureError(
+            "at least one picture must be readable, got none: see the lines above."
+        )
 
-    def _build_sample(self, row: int, *, epoch: int) -> Sample:
-        rule, size = self.rule, self.rule.image_size
+    def _build_sample(self, row: int, *, picture: Image.Image, epoch: int) -> Sample:
+        rule = self.rule
+        cut = cut_picture(
+            self.index, row, picture=picture, rule=rule, epoch=epoch, is_training=self.is_training
+        )
         image_id = int(self.index.image_ids[row])
-        if self.is_training:
-            address = partial(generator, rule.seed)
-        else:
-            address, epoch = partial(generator, VALIDATION_SEED), 0
-
-        view = CENTRE_VIEW
-        if self.is_training:
-            crop = int(address("crop", epoch, image_id).integers(rule.num_crops))
-            view = rule.views[2 * crop + int(address("flip", epoch, image_id).random() < 0.5)]
-        picture = open_picture(self.index, row)
-        box, flip = place_view(view, picture=picture, image_id=image_id)
-
-        def cut_mask(rle: Rle) -> np.ndarray:
-            return resize_mask(self.index.decode(rle), box=box, size=size, flip=flip)
-
-        mask = draw_mask(
-            address("mask", epoch, image_id),
-            size=size,
-            mask_types=rule.mask_types,
-            area_range=rule.mask_area_range,
-            object_masks=[partial(cut_mask, rle) for rle in self.index.object_masks(row)],
-        )
-        prompt = choose_prompt(
-            address("prompt", epoch, image_id),
-            captions=self.index.captions(row),
-            category_names=self.index.category_names(row),
-            empty_prompt_prob=rule.empty_prompt_prob if self.is_training else 0.0,
-        )
-        image = resize_image(picture, box=box, size=size, flip=flip)
-        rng = address("noise", epoch, image_id)
+        rng = _address(rule, is_training=self.is_training)("noise", epoch, image_id)
         timestep = rng.integers(rule.num_train_timesteps)
         noise = rng.standard_normal((2, *rule.latent_shape), dtype=np.float32)
         sample = Sample(
-            image=torch.from_numpy(image).permute(2, 0, 1).contiguous(),
-            mask=torch.from_numpy(mask)[None],
-            input_ids=tokenize(self.tokenizer, prompt),
+            image=torch.from_numpy(cut.image).permute(2, 0, 1).contiguous(),
+            mask=torch.from_numpy(cut.mask)[None],
+            input_ids=tokenize(self.tokenizer, cut.prompt),
             timestep=torch.tensor(timestep),
             noise=torch.from_numpy(noise[0]),
             posterior_noise=torch.from_numpy(noise[1]),
             image_id=torch.tensor(image_id),
-            prompt=prompt,
+            prompt=cut.prompt,
         )
         if self.moments_cache is not None:
             sample["moments"], sample["slot"] = _read_moments(
-                self.moments_cache, row=row, view=view, image=image
+                self.moments_cache, row=row, view=cut.view, image=cut.image
             )
         return sample
 
 
-def open_picture(index: CocoIndex, row: int) -> Image:
-    """Open a row's picture, a loaded PIL image of mode RGB.
+def cut_picture(
+    index: CocoIndex,
+    row: int,
+    *,
+    picture: Image.Image,
+    rule: SampleRule,
+    epoch: int,
+    is_training: bool,
+) -> Cut:
+    """Cut a picture and its hole, and choose its prompt.
 
-    Raises:
-        FileNotFoundError, ValueError: it can't be read, or isn't the one of its record.
+    Args:
+        index: the COCO records.
+        row: the picture's.
+        picture: as `CocoIndex.open_picture` returns it.
+        rule: what a sample looks like.
+        epoch: of the run; validation is the same in all of them.
+        is_training: crop, flip and prompt drop are drawn; otherwise the centre, as it is.
     """
-    path = index.image_path(row)
-    picture = open_image(path)
-    height, width = index.size(row)
-    if height and (width, height) != picture.size:
-        raise ValueError(
-            f"{path} must be {width} x {height} px as its record says, "
-            f"got {picture.size[0]} x {picture.size[1]}: its masks don't belong to it."
-        )
-    return picture
+    size, address = rule.image_size, _address(rule, is_training=is_training)
+    image_id = int(index.image_ids[row])
+    view = CENTRE_VIEW
+    if is_training:
+        crop = int(address("crop", epoch, image_id).integers(rule.num_crops))
+        view = rule.views[2 * crop + int(address("flip", epoch, image_id).random() < 0.5)]
+    box, flip = place_view(view, picture=picture, image_id=image_id)
+
+    def cut_mask(rle: Rle) -> np.ndarray:
+        return resize_mask(index.decode(rle), box=box, size=size, flip=flip)
+
+    mask = draw_mask(
+        address("mask", epoch, image_id),
+        size=size,
+        mask_types=rule.mask_types,
+        area_range=rule.mask_area_range,
+        object_masks=[partial(cut_mask, rle) for rle in index.object_masks(row)],
+    )
+    prompt = choose_prompt(
+        address("prompt", epoch, image_id),
+        captions=index.captions(row),
+        category_names=index.category_names(row),
+        empty_prompt_prob=rule.empty_prompt_prob if is_training else 0.0,
+    )
+    image = resize_image(picture, box=box, size=size, flip=flip)
+    return Cut(image, mask, prompt, view)
 
 
-def place_view(view: int, *, picture: Image, image_id: int) -> tuple[tuple[int, int, int], bool]:
+def place_view(
+    view: int, *, picture: Image.Image, image_id: int
+) -> tuple[tuple[int, int, int], bool]:
     """Return where a view lies in its picture: the box, and whether it is mirrored.
 
     View 0 is the square in the middle, which validates; 1 and 2 are the first crop and its mirror
@@ -233,6 +306,25 @@ def place_view(view: int, *, picture: Image, image_id: int) -> tuple[tuple[int, 
     crop, is_mirrored = divmod(view - CENTRE_VIEW - 1, 2)
     rng = generator(CROP_SEED, "crop", crop, image_id)
     return crop_box(*picture.size, rng=rng), bool(is_mirrored)
+
+
+def _address(rule: SampleRule, *, is_training: bool) -> Callable[..., np.random.Generator]:
+    """Return what makes a sample's generators; validation knows neither seed nor epoch."""
+    if is_training:
+        return partial(generator, rule.seed)
+    return lambda purpose, _, image_id: generator(VALIDATION_SEED, purpose, 0, image_id)
+
+
+def _open_patiently(index: CocoIndex, row: int) -> Image.Image:
+    """Open a picture, again where the disk or the network stumbles."""
+    for pause_s in PAUSES_S:
+        try:
+            return index.open_picture(row)
+        except OSError as error:
+            if error.errno not in PASSING_ERRORS:
+                raise
+            time.sleep(pause_s)
+    return index.open_picture(row)
 
 
 def _read_moments(
@@ -281,7 +373,7 @@ class MissingViews(Dataset[list[tuple[Slot, Tensor]]]):
     def __getitem__(self, position: int) -> list[tuple[Slot, Tensor]]:
         row = int(self.rows[position])
         try:
-            picture = open_picture(self.index, row)
+            picture = self.index.open_picture(row)
         except (ValueError, OSError) as error:
             logger.warning("left out: %s", error)
             return []

@@ -8,6 +8,7 @@ another batch size or number of devices too.
 from __future__ import annotations
 
 import hashlib
+import logging
 import multiprocessing
 import signal
 from collections.abc import Iterator
@@ -17,13 +18,16 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import CLIPTokenizer
 
-from data import CocoInpaintingDataset, Sample, SampleRule
+from data import CocoInpaintingDataset, Sample, SampleRule, UnreadablePictures
 from inpainting.coco import CocoIndex
 from inpainting.latents import MomentsCache
 from inpainting.randomness import generator
+
+logger = logging.getLogger(__name__)
 
 Address = tuple[int, int]
 
@@ -213,6 +217,32 @@ class ResumePosition(pl.Callback):
         return loader.batch_sampler
 
 
+class CountUnreadable(pl.Callback):
+    """Tells each epoch's end how many pictures were left out, if they have become more.
+
+    What one rank has found the others know from then on: no picture is named twice.
+    """
+
+    def __init__(self, unreadable: UnreadablePictures) -> None:
+        self.unreadable = unreadable
+        self._num_told = 0
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Join what the ranks have found, and tell its number."""
+        flags = self.unreadable.flags
+        found = flags.to(trainer.strategy.root_device, torch.int32)
+        found = trainer.strategy.reduce(found, reduce_op="sum")
+        assert isinstance(found, torch.Tensor)
+        flags.copy_(found > 0)
+        count = int(flags.sum())
+        if count > self._num_told and trainer.is_global_zero:
+            logger.warning(
+                "warning: %d of %d pictures can't be read: each one's neighbour takes its place",
+                count, len(flags),
+            )  # fmt: skip
+        self._num_told = count
+
+
 class InpaintingDataModule(pl.LightningDataModule):
     """Training and validation loaders over one CocoIndex.
 
@@ -227,6 +257,7 @@ class InpaintingDataModule(pl.LightningDataModule):
         overfit_batches: train (and validate) on this many batches only; 0 = on all.
         position: where in the epoch the run is.
         moments_cache: where the VAE's moments are kept, or None.
+        unreadable: the pictures that are left out.
     """
 
     def __init__(
@@ -242,12 +273,14 @@ class InpaintingDataModule(pl.LightningDataModule):
         overfit_batches: int,
         position: ResumePosition,
         moments_cache: MomentsCache | None,
+        unreadable: UnreadablePictures,
     ) -> None:
         super().__init__()
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.accumulate_grad_batches = accumulate_grad_batches
         self.position = position
+        self.unreadable = unreadable
         self.seed = rule.seed
         train_rows, val_rows = split_rows(index.image_ids, val_split=val_split)
         if overfit_batches:
@@ -256,11 +289,11 @@ class InpaintingDataModule(pl.LightningDataModule):
             val_rows = train_rows if val_split > 0 else val_rows
         self.train_set = CocoInpaintingDataset(
             index, rows=train_rows, tokenizer=tokenizer, rule=rule, is_training=True,
-            moments_cache=moments_cache,
+            moments_cache=moments_cache, unreadable=unreadable,
         )  # fmt: skip
         self.val_set = CocoInpaintingDataset(
             index, rows=val_rows, tokenizer=tokenizer, rule=rule, is_training=False,
-            moments_cache=moments_cache,
+            moments_cache=moments_cache, unreadable=unreadable,
         )  # fmt: skip
 
     def train_sampler(self, *, rank: int, world_size: int) -> EpochBatchSampler:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import transformers
 from diffusers import ControlNetModel
 from PIL import features
 
-from data import SampleRule
+from data import SampleRule, UnreadablePictures
 from inpainting.changes import CHANGES_BITS, check_can_go_on, list_changes, run_state
 from inpainting.checkpoints import base_hash
 from inpainting.coco import CocoIndex
@@ -68,8 +69,20 @@ class Run:
     checkpoint_path: Path | None
 
 
-def assemble(args: argparse.Namespace, *, index: CocoIndex, checkpoint_path: Path | None) -> Run:
+def assemble(
+    args: argparse.Namespace,
+    *,
+    index: CocoIndex,
+    unreadable_rows: Sequence[int],
+    checkpoint_path: Path | None,
+) -> Run:
     """Build the three parts of a Lightning run, and the folder that it writes to.
+
+    Args:
+        args: the resolved flags.
+        index: the COCO records.
+        unreadable_rows: those whose pictures are known to be unreadable, and have been named.
+        checkpoint_path: what to resume from, or None.
 
     Raises:
         FileNotFoundError, ValueError: weights or data don't fit, in one line.
@@ -91,6 +104,8 @@ def assemble(args: argparse.Namespace, *, index: CocoIndex, checkpoint_path: Pat
     rule = sample_rule(args, base=base)
     moments_cache = open_moments_cache(args, base=base, index=index)
     position = ResumePosition()
+    unreadable = UnreadablePictures(len(index), is_error=args.strict_data)
+    unreadable.flags[list(unreadable_rows)] = 1
     datamodule = InpaintingDataModule(
         index,
         tokenizer=base.tokenizer,
@@ -102,6 +117,7 @@ def assemble(args: argparse.Namespace, *, index: CocoIndex, checkpoint_path: Pat
         overfit_batches=args.overfit_batches,
         position=position,
         moments_cache=moments_cache,
+        unreadable=unreadable,
     )
     record = _describe_weights(args, base=base)
     _count_steps(args, datamodule=datamodule, world_size=least_world_size(args))

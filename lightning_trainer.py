@@ -29,7 +29,7 @@ from lightning_checkpoints import (
     StopAtMaxSteps,
     StopOnSignal,
 )
-from lightning_data import InpaintingDataModule
+from lightning_data import CountUnreadable, InpaintingDataModule
 from lightning_faults import EndTogether
 
 
@@ -90,6 +90,7 @@ def build_trainer(
     callbacks = [
         EndTogether(),
         position,
+        CountUnreadable(datamodule.unreadable),
         keeper,
         *([AverageWeights()] if args.ema_decay else []),
         Curves(every_n_steps=args.log_every_n_steps),

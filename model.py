@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from inpainting.base import BaseConfig, read_base_config
 from inpainting.diffusion import normalize_image
-from inpainting.interop import describe_mismatch
+from inpainting.interop import describe_mismatch, read_weight_file
 from inpainting.latents import round_moments
 from inpainting.single_file import read_single_file
 
@@ -26,6 +26,7 @@ from inpainting.single_file import read_single_file
 HINT_CHANNELS = (16, 32, 96, 256, 256, 256)
 SINGLE_FILE_SD2_WIDTH = 1024
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # of diffusers' posterior
+BASE_PARTS = ("vae", "unet", "text_encoder")  # the folders of a base that hold weights
 GIB = 2**30
 
 Networks = tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]
@@ -197,12 +198,15 @@ def _load_folder(config: BaseConfig, dtype: torch.dtype) -> Networks:
     """
     try:
         if Path(config.name_or_path).is_dir():
+            for path in Path(config.name_or_path).glob("*/*.bin"):
+                if path.parent.name in BASE_PARTS:
+                    read_weight_file(path)  # mapped; the libraries' own refusals differ
             loaded = _load_parts(config.name_or_path, dtype)
         else:
             loaded = _load_from_hub(config.name_or_path, dtype)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(_describe_misfit(config, str(error).strip().splitlines()[0])) from error
-    for part, (_, info) in zip(("vae", "unet", "text_encoder"), loaded, strict=True):
+    for part, (_, info) in zip(BASE_PARTS, loaded, strict=True):
         for kind in ("missing", "unexpected", "mismatched"):
             if info[f"{kind}_keys"]:
                 names = ", ".join(str(key) for key in sorted(info[f"{kind}_keys"])[:3])

@@ -23,7 +23,7 @@ from transformers import CLIPTokenizer
 
 import data
 from benchmarks.timing import Spread, describe_machine
-from data import CocoInpaintingDataset, Sample, SampleRule
+from data import CocoInpaintingDataset, Sample, SampleRule, UnreadablePictures
 from demo.random_base import write_byte_tokenizer
 from demo.scenes import write_scenes
 from inpainting.arguments import OneLineParser
@@ -34,7 +34,7 @@ from inpainting.runs import cache_dir
 STRIDE = 8
 # What data.py calls, and what the table says of it.
 STAGES = {
-    "open_picture": "read and decode",
+    "_open_patiently": "read and decode",
     "resize_image": "cut and resize",
     "draw_mask": "draw the hole",
     "choose_prompt": "choose the prompt",
@@ -144,6 +144,7 @@ def open_dataset(args: argparse.Namespace, folder: Path) -> CocoInpaintingDatase
         moments_cache=MomentsCache(
             folder / "latents", image_ids=index.image_ids, moments_shape=(8, side, side)
         ),
+        unreadable=UnreadablePictures(len(index), is_error=False),
     )  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def build_run(flags: list[str], *, num_steps: int) -> Run:
     resolve_device(args)
     cache = Path(args.output_dir).parent / "index"
     index = CocoIndex.from_folder(Path(args.image_dir), cache_dir=cache)
-    run = assemble(args, index=index, checkpoint_path=None)
+    run = assemble(args, index=index, unreadable_rows=(), checkpoint_path=None)
     run.module.loss = lambda batch, controlnet: free_loss(controlnet)  # type: ignore[method-assign, assignment, return-value]
     repeat_one_sample(run.datamodule.train_set)
     return run
@@ -100,7 +100,9 @@ def repeat_one_sample(dataset: CocoInpaintingDataset) -> None:
     """Let a dataset build its first sample once, for an epoch that doesn't end."""
     sample = dataset[0, 0]
     dataset.rows = np.zeros(ENDLESS, dtype=np.int64)
-    dataset._build_sample = lambda row, *, epoch: sample  # type: ignore[method-assign]
+    picture = dataset.index.open_picture(0)
+    dataset.index.open_picture = lambda row: picture  # type: ignore[method-assign]
+    dataset._build_sample = lambda row, *, picture, epoch: sample  # type: ignore[method-assign]
 
 
 def fit(flags: list[str], *, num_steps: int) -> float:

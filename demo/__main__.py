@@ -23,7 +23,7 @@ TRAINING = (
     "--num_epochs 1000 --save_every_n_epochs 1000 --log_every_n_steps 20"
 )
 NUM_STEPS, NUM_PICTURES = 1000, 64
-EVALUATION = "--hole_kinds medium thick --num_samples 1 --guidance_scale 1.5"
+EVALUATION = "--hole_kinds medium thick --num_samples 1 --guidance_scale 1"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = run_command(
         "-m tools.evaluate",
         f"--checkpoint_path {run_dir}/final_model/controlnet.pth {EVALUATION} "
-        f"--num_pictures {args.num_pictures} --output_dir {run_dir}/evaluation",
+        f"--precision {fast_precision()} --num_pictures {args.num_pictures} "
+        f"--output_dir {run_dir}/evaluation",
     )
     if status:
         return status

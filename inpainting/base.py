@@ -8,6 +8,7 @@ configurations. This file decides which bases can be trained on, before any weig
 from __future__ import annotations
 
 import json
+import reprlib
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,27 @@ NEEDED_FILES = (
     "unet/config.json", "vae/config.json", "text_encoder/config.json",
     "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json",
 )  # fmt: skip
+# The classes that a configuration may name; it is never looked up by that name, but whoever wrote
+# another one there meant another network.
+CLASSES = {
+    "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
+}  # fmt: skip
+# Entries by which the libraries would fetch code or change what is built.
+FOREIGN_CODE_ENTRIES = (
+    "auto_map", "custom_pipelines", "quantization_config", "attn_implementation",
+    "_attn_implementation", "_attn_implementation_internal",
+)  # fmt: skip
+# The largest value of each entry that decides how much memory a network takes, several times what
+# any Stable Diffusion has; lists hold at most MAX_ENTRIES.
+LARGEST = {
+    "sample_size": 2048, "in_channels": 64, "out_channels": 64, "latent_channels": 64,
+    "block_out_channels": 4096, "layers_per_block": 8, "cross_attention_dim": 2048,
+    "attention_head_dim": 512, "num_attention_heads": 256, "norm_num_groups": 512,
+    "transformer_layers_per_block": 16, "hidden_size": 2048, "intermediate_size": 8192,
+    "num_hidden_layers": 48, "vocab_size": 200_000, "max_position_embeddings": 1024,
+    "projection_dim": 4096, "num_train_timesteps": 100_000,
+}  # fmt: skip
+MAX_ENTRIES = 8
 CONFIG_FILES = ("model_index.json", "*/config.json", "scheduler/*", "tokenizer/*")
 
 
@@ -171,10 +193,9 @@ def _check_is_supported(config: BaseConfig) -> None:
     channels = unet.get("in_channels")
     if unet.get("addition_embed_type") or (config.config_dir / "text_encoder_2").is_dir():
         raise ValueError(f"the base must be SD 1.x or 2.x, got SDXL ({config.name}). {advice}")
-    if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        raise ValueError(
-            f"the base must have a UNet2DConditionModel, got {unet['_class_name']}. {advice}"
-        )
+    for part, class_name in CLASSES.items():
+        _check_part(getattr(config, part), part=part, class_name=class_name, advice=advice)
+    _check_part(config.scheduler, part="scheduler", class_name=None, advice=advice)
     if channels == 9:
         raise ValueError(
             "the base's UNet must take 4 channels, got 9: this is an inpainting UNet, which a "
@@ -205,3 +226,36 @@ def _check_is_supported(config: BaseConfig) -> None:
         raise ValueError(
             f"the base must predict epsilon or v_prediction, got {config.prediction_type}. {advice}"
         )
+
+
+def _check_part(entries: dict[str, Any], *, part: str, class_name: str | None, advice: str) -> None:
+    """Refuse a configuration that names foreign code, or claims what would take all memory.
+
+    Raises:
+        ValueError: names the entry.
+    """
+    architectures = entries.get("architectures")
+    named = [
+        entries.get("_class_name"),
+        *(architectures if isinstance(architectures, list) else []),
+    ]
+    for name in named if class_name is not None else ():
+        if name not in (None, class_name):
+            raise ValueError(f"the base must have a {class_name}, got {name} in {part}. {advice}")
+    for name in FOREIGN_CODE_ENTRIES:
+        if entries.get(name) is not None:
+            raise ValueError(
+                f"the {part}'s configuration must be plain numbers and names, got {name}, by which "
+                f"other code would be run. {advice}"
+            )
+    for name, largest in LARGEST.items():
+        value = entries.get(name)
+        values = value if isinstance(value, list) else [value]
+        is_sound = 0 < len(values) <= MAX_ENTRIES and all(
+            number is None or (type(number) is int and 1 <= number <= largest) for number in values
+        )
+        if not is_sound:
+            raise ValueError(
+                f"{name} in the {part}'s configuration must be a whole number from 1 to {largest}, "
+                f"or up to {MAX_ENTRIES} of them, got {reprlib.repr(value)}. {advice}"
+            )

@@ -20,7 +20,8 @@ FLAG_EFFECTS = dict.fromkeys(
     ("num_epochs", "max_steps", "learning_rate", "adam_weight_decay", "lr_scheduler",
      "lr_warmup_steps", "early_stopping_patience", "num_workers", "gradient_checkpointing",
      "devices", "num_nodes", "save_every_n_epochs", "save_every_n_steps", "save_top_k", "monitor",
-     "log_every_n_steps", "log_images_every_n_steps", "profiler", "base_config",
+     "log_every_n_steps", "log_images_every_n_steps", "profiler", "strict_data",
+     "max_bad_fraction", "base_config",
      "pretrained_model_name_or_path", "image_dir", "ann_file", "caption_file", "cache_latents"),
     TAKES_EFFECT,
 ) | dict.fromkeys(
@@ -32,6 +33,7 @@ FLAG_EFFECTS = dict.fromkeys(
 )  # fmt: skip
 FLAGS_OF_ONE_START = (
     "controlnet_weights", "output_dir", "resume_from_checkpoint", "find_lr", "dry_run",
+    "check",
 )  # fmt: skip
 # Local paths: they stand in run.json alone. What they lead to is among the facts.
 PATH_FLAGS = (

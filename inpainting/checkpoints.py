@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,9 @@ def write_final_model(
     config = json.loads(controlnet.to_json_string())
     config.pop("_name_or_path", None)  # where this machine had the weights that were continued
     # The weights before what vouches for them: a record never stands beside older weights alone.
-    with replace_atomically(folder / "controlnet.pth") as temporary:
-        torch.save(tensors, temporary)
+    # Through an open file: torch.save would keep the temporary file's name, another each time.
+    with replace_atomically(folder / "controlnet.pth") as path, path.open("wb") as file:
+        torch.save(tensors, file)
     write_weights(folder / "diffusion_pytorch_model.safetensors", tensors=tensors, record=record)
     write_config(folder / "config.json", config=config)
     write_text_atomically(folder / RECORD_NAME, record.to_json())
@@ -87,6 +89,19 @@ def write_weights(
         metadata[RECORD_KEY] = record.to_json()
     with replace_atomically(path) as temporary:
         save_file(dict(tensors), temporary, metadata)
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Bring a safetensors file's metadata into order: safetensors writes it in a random one."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def write_config(path: Path, *, config: Mapping[str, Any]) -> None:

@@ -18,17 +18,20 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from inpainting.atomic import alone_in, sync
 from inpainting.coco_build import Contents, build_contents, modified_ns
 from inpainting.coco_records import Problem
+from inpainting.images import open_image
 
 FORMAT_VERSION = 1  # of the cache: raise it with every change of what is stored
 
@@ -84,6 +87,7 @@ class CocoIndex:
         ann_file: Path,
         caption_file: Path | None = None,
         cache_dir: Path,
+        on_problem: Callable[[str, str], None] | None = None,
     ) -> CocoIndex:
         """Index the pictures that an instances json lists and that are there.
 
@@ -93,16 +97,23 @@ class CocoIndex:
             caption_file: COCO captions json of the same pictures.
             cache_dir: where the arrays are kept, made where it is missing. What is written there
                 belongs to one state of the json files and picture folders and is never changed.
+            on_problem: is told the kind and the words of every row that is left out; for that the
+                files are read again, whatever the cache holds.
 
         Raises:
             FileNotFoundError: if a file, or every single picture, is missing.
             ValueError: if a file is not what its flag promises.
         """
-        return _find_or_build(image_dir, ann_file, caption_file, cache_dir)
+        return _find_or_build(image_dir, ann_file, caption_file, cache_dir, on_problem)
 
     @classmethod
     def from_folder(
-        cls, image_dir: Path, *, caption_file: Path | None = None, cache_dir: Path
+        cls,
+        image_dir: Path,
+        *,
+        caption_file: Path | None = None,
+        cache_dir: Path,
+        on_problem: Callable[[str, str], None] | None = None,
     ) -> CocoIndex:
         """Index every picture file below a folder, without objects and sizes.
 
@@ -115,12 +126,13 @@ class CocoIndex:
             image_dir: the folder.
             caption_file: COCO captions json.
             cache_dir: as in `from_annotations`.
+            on_problem: likewise.
 
         Raises:
             FileNotFoundError: if there is no picture, or no caption file.
             ValueError: if the caption file is not one.
         """
-        return _find_or_build(image_dir, None, caption_file, cache_dir)
+        return _find_or_build(image_dir, None, caption_file, cache_dir, on_problem)
 
     def __len__(self) -> int:
         return len(self._arrays["image_ids"])
@@ -144,6 +156,22 @@ class CocoIndex:
         """Return (height, width) in pixels as recorded, (0, 0) where nothing is."""
         height, width = self._arrays["sizes"][row].tolist()
         return height, width
+
+    def open_picture(self, row: int) -> Image.Image:
+        """Open the picture, upright and RGB, and see that the record's masks belong to it.
+
+        Raises:
+            ValueError, FileNotFoundError: as `open_image`, or it has another size than recorded.
+            OSError: the disk's fault.
+        """
+        picture = open_image(self.image_path(row))
+        height, width = self.size(row)
+        if height and (width, height) != picture.size:
+            raise ValueError(
+                f"{self.image_path(row)} must have the size in its record, got {picture.size[0]} x "
+                f"{picture.size[1]} px for {width} x {height}: its masks don't belong to it."
+            )
+        return picture
 
     def object_masks(self, row: int) -> list[Rle]:
         """Return the masks of the picture's single objects (no crowds), in the json's order."""
@@ -195,7 +223,11 @@ class CocoIndex:
 
 
 def _find_or_build(
-    image_dir: Path, ann_file: Path | None, caption_file: Path | None, cache_dir: Path
+    image_dir: Path,
+    ann_file: Path | None,
+    caption_file: Path | None,
+    cache_dir: Path,
+    on_problem: Callable[[str, str], None] | None,
 ) -> CocoIndex:
     """Return the index from the cache, built first where there is none or a stale or torn one."""
     sources: list[list[object]] = []
@@ -208,13 +240,18 @@ def _find_or_build(
     address = json.dumps([FORMAT_VERSION, str(image_dir.resolve()), sources])
     key = hashlib.sha256(address.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     cache_dir.mkdir(parents=True, exist_ok=True)  # before the picture folders' times are read
-    index = _find_fresh(image_dir, key=key, cache_dir=cache_dir)
+    index = None
+    if on_problem is None:
+        index = _find_fresh(image_dir, key=key, cache_dir=cache_dir)
     if index is not None:
         return index
     with alone_in(cache_dir):  # all ranks of a run come here at once, with half a gigabyte each
-        index = _find_fresh(image_dir, key=key, cache_dir=cache_dir)  # built while this one waited
+        if on_problem is None:  # built while this one waited
+            index = _find_fresh(image_dir, key=key, cache_dir=cache_dir)
         if index is None:
-            contents = build_contents(image_dir, ann_file=ann_file, caption_file=caption_file)
+            contents = build_contents(
+                image_dir, ann_file=ann_file, caption_file=caption_file, on_problem=on_problem
+            )
             folder = _publish(contents, key=key, cache_dir=cache_dir)
             index = CocoIndex(folder, image_dir=image_dir)
             _prune(cache_dir, in_use=folder)

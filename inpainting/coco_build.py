@@ -15,7 +15,7 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypedDict
 
@@ -23,6 +23,7 @@ import numpy as np
 
 from inpainting.coco_json import JsonTables
 from inpainting.coco_records import (
+    UNUSED_CAPTION,
     BadRecordError,
     InstanceRecord,
     Picture,
@@ -50,7 +51,11 @@ class Contents(TypedDict):
 
 
 def build_contents(
-    image_dir: Path, *, ann_file: Path | None, caption_file: Path | None
+    image_dir: Path,
+    *,
+    ann_file: Path | None,
+    caption_file: Path | None,
+    on_problem: Callable[[str, str], None] | None = None,
 ) -> Contents:
     """Read what an index is made of.
 
@@ -58,12 +63,13 @@ def build_contents(
         image_dir: the folder of the pictures.
         ann_file: COCO instances json; None takes every picture file below the folder.
         caption_file: COCO captions json.
+        on_problem: is told the kind and the words of every row that is left out.
 
     Raises:
         FileNotFoundError: if a file, or every single picture, is missing.
         ValueError: if a file is not what its flag promises.
     """
-    builder = _Builder(image_dir)
+    builder = _Builder(image_dir, problems=ProblemLog(on_problem=on_problem))
     if ann_file is None:
         builder.list_folder()
     else:
@@ -91,8 +97,9 @@ def modified_ns(folder: Path) -> int:
 class _Builder:
     """Reads pictures, records and captions, in this order, and packs them into arrays."""
 
-    def __init__(self, image_dir: Path) -> None:
+    def __init__(self, image_dir: Path, *, problems: ProblemLog) -> None:
         self.image_dir = image_dir
+        self.problems = problems
         self.pictures: dict[int, Picture | None] = {}  # None: listed, but left out
         self.records: list[InstanceRecord] = []
         self.captions: list[tuple[int, str]] = []
@@ -100,7 +107,6 @@ class _Builder:
         self.category_of_id: dict[int, int] = {}
         self.folder_times: dict[str, int] = {}
         self.num_rows_read: dict[str, int] = {}
-        self.problems = ProblemLog()
 
     def list_folder(self) -> None:
         """Take every picture file below the folder."""
@@ -211,8 +217,9 @@ class _Builder:
             id_of_name = {p.file_name: p.image_id for p in self.pictures.values() if p}
             for row in tables.rows("images"):
                 named = row if isinstance(row, dict) else {}
-                if named.get("file_name") in id_of_name and type(named.get("id")) is int:
-                    ids_here[named["id"]] = id_of_name[named["file_name"]]
+                number, name = named.get("id"), named.get("file_name")
+                if type(number) is int and isinstance(name, str) and name in id_of_name:
+                    ids_here[number] = id_of_name[name]
         for number, row in self._numbered(tables, "annotations", counted_as="captions"):
             if number == 0 and _has_only(row, "segmentation", other="caption"):
                 raise tables.foreign("an instances json")
@@ -220,7 +227,7 @@ class _Builder:
                 image_id, text = parse_caption(row)
                 image_id = ids_here.get(image_id, image_id)
                 if image_id not in self.pictures:
-                    raise BadRecordError('"image_id" must be one of the data set\'s', image_id)
+                    raise BadRecordError(UNUSED_CAPTION, image_id)
                 if self.pictures[image_id] is not None:
                     self.captions.append((image_id, text))
             except BadRecordError as error:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, cast
@@ -28,8 +28,11 @@ MAX_PICTURE_PX = 178_956_970  # Pillow refuses larger ones as decompression bomb
 # pycocotools walks along the whole outline in fifths of a pixel, 16 bytes a step; outlines of real
 # objects have some thousand pixels.
 MAX_OUTLINE_PX = 1_000_000
+MAX_SHOWN = 200  # characters of a bad value that are told
 NUM_EXAMPLES = 5  # rows of a kind of fault that are told
 
+# A captions file may speak of more pictures than are used: no fault of its rows.
+UNUSED_CAPTION = '"image_id" must be one of the data set\'s'
 _COUNTS_REASON = 'the "counts" of an RLE must be integers or compressed text'
 
 
@@ -41,7 +44,10 @@ class BadRecordError(ValueError):
     """
 
     def __init__(self, reason: str, got: object) -> None:
-        super().__init__(f"{reason}, got {reprlib.repr(got)}")
+        shown = reprlib.repr(got)
+        if len(shown) > MAX_SHOWN:
+            shown = f"{shown[:MAX_SHOWN]}..."
+        super().__init__(f"{reason}, got {shown}")
         self.reason = reason
 
 
@@ -55,18 +61,34 @@ class Problem:
 
 @dataclass
 class ProblemLog:
-    """The rows that were left out, by kind."""
+    """The rows that were left out, by kind.
+
+    Attributes:
+        kinds: a count and the first examples of each kind, "table: what must hold".
+        on_problem: is told the kind and the words of every row, not only of the first.
+    """
 
     kinds: dict[str, Problem] = field(default_factory=dict)
+    on_problem: Callable[[str, str], None] | None = None
 
     def add(self, table: str, row: str, error: BadRecordError) -> None:
         """Count one row of a table as left out; `row` names it in the example."""
-        kind = f"{table}: {error.reason}"
+        self.add_words(f"{table}: {error.reason}", f"{row}: {error}")
+
+    def add_words(self, kind: str, words: str) -> None:
+        """Count one row as left out, by its kind and what is told of it."""
         seen = self.kinds.get(kind, Problem(count=0, examples=()))
         examples = seen.examples
         if len(examples) < NUM_EXAMPLES:
-            examples = (*examples, f"{row}: {error}")
+            examples = (*examples, words)
         self.kinds[kind] = Problem(count=seen.count + 1, examples=examples)
+        if self.on_problem is not None:
+            self.on_problem(kind, words)
+
+
+def is_fault(kind: str) -> bool:
+    """Tell whether rows of a kind are bad themselves, or only of no use here."""
+    return kind != f"captions: {UNUSED_CAPTION}"
 
 
 class Picture(NamedTuple):

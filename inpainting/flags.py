@@ -103,6 +103,14 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
         metavar=("LEAST", "MOST"),
         help="share of the picture that is hole (default 0.1 0.3)",
     )
+    add(
+        "--max_bad_fraction",
+        type=float,
+        default=0.01,
+        help="largest share of bad records or unreadable pictures to start with (default 0.01)",
+    )
+    add("--strict_data", action="store_true", help="leave nothing out: a bad row is an error")
+    add("--check", action="store_true", help="read all records and pictures, report, then stop")
 
 
 def _add_model_flags(group: argparse._ArgumentGroup) -> None:

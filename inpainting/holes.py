@@ -21,6 +21,7 @@ from torch.nn import functional as F
 # What a hole becomes when nothing is known: mid-grey, about 0 in the VAE's range.
 NEUTRAL_GREY = 128.0
 FOUR_NEIGHBOURS = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]], np.float32)
+MAX_PROPORTION = 16  # of a picture's sides: 512 x 8192 working pixels
 
 
 # Geometry: source pixels -> working pixels -> source pixels
@@ -46,6 +47,19 @@ class WorkingArea:
     def crop_size(self) -> tuple[int, int]:
         """(width, height) of the crop in source pixels."""
         return self.columns.stop - self.columns.start, self.rows.stop - self.rows.start
+
+
+def check_proportions(height: int, width: int) -> None:
+    """Refuse a picture whose short side, brought to the working size, makes the other one huge.
+
+    Raises:
+        ValueError: says how thin it is.
+    """
+    if max(height, width) > MAX_PROPORTION * min(height, width):
+        raise ValueError(
+            f"one side of a picture must be at most {MAX_PROPORTION} times as long as the other, "
+            f"got {width}x{height}. Cut it into pieces."
+        )
 
 
 def working_area(

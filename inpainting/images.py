@@ -8,9 +8,11 @@ profiles are not applied. Terms: *upright* means that the EXIF rotation has been
 
 from __future__ import annotations
 
+import errno
 import struct
 import warnings
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF
 # What Pillow's readers raise for files that are not what they seem.
 DECODE_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
-    *(AttributeError, AssertionError, struct.error, zlib.error),
+    *(AttributeError, AssertionError, RuntimeError, struct.error, zlib.error),
 )
 ORIENTATION_TAG = 0x0112
 UPRIGHT = {
@@ -35,6 +37,21 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 NUM_SAMPLES = 2**20  # so many pixels of a large mask tell what kind of file it is
+
+
+@dataclass(frozen=True)
+class Layers:
+    """All that a picture file holds.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB, upright, transparent parts over white.
+        transparent: (H, W, 4) uint8, the file's own RGBA; None for an opaque kind of file.
+        icc_profile: how its RGB values are meant, if it says so.
+    """
+
+    image: np.ndarray
+    transparent: np.ndarray | None
+    icc_profile: bytes | None
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -67,6 +84,23 @@ def read_image(path: str | Path) -> np.ndarray:
         ValueError: the file is empty, truncated, too large or not a picture.
     """
     return np.array(open_image(path))
+
+
+def read_layers(path: str | Path) -> Layers:
+    """Read a picture file as `read_image` does, and keep what RGB alone would lose.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, truncated, too large or not a picture.
+    """
+    file = _load(path)
+    is_transparent = file.has_transparency_data and not _is_deep(file)
+    return Layers(
+        image=np.array(_to_rgb(file, path=path)),
+        transparent=np.array(file.convert("RGBA")) if is_transparent else None,
+        # A CMYK or grey file's profile doesn't describe the RGB values.
+        icc_profile=file.info.get("icc_profile") if file.mode in ("RGB", "RGBA") else None,
+    )
 
 
 def read_mask(path: str | Path) -> np.ndarray:
@@ -189,10 +223,14 @@ def _load(path: str | Path) -> Image.Image:
             ) from None
         except Image.UnidentifiedImageError:
             got = "an empty file" if path.stat().st_size == 0 else "something else"
+            file.seek(0)
+            if file.read(30).startswith(b"version https://git-lfs"):
+                got = "a Git LFS pointer (git lfs pull fetches the picture)"
             raise ValueError(f"{must}, got {got}. Replace or remove the file.") from None
         except DECODE_ERRORS as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk's fault, not the picture's
+            # With a number it is the disk's fault, except for a place that no file has (EINVAL).
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+                raise
             reason = " ".join(str(error).split())[:120]
             raise ValueError(f"{must}, got {reason!r}. Replace or remove the file.") from None
     image.info["is_jpeg"] = is_jpeg

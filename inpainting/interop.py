@@ -207,19 +207,67 @@ def read_controlnet_weights(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there are no weights at the path.
-        ValueError: the file isn't a weight file, may run code, or holds no ControlNet.
+        ValueError: the file isn't a weight file, may run code, or holds no ControlNet, or one
+            whose tensors are no finite floating-point numbers.
     """
     path = find_weights(path)
     state_dict, prefix, is_ldm = _find_controlnet(read_weight_file(path), path)
-    own = {
-        name.removeprefix(prefix): tensor.detach().clone().contiguous()
-        for name, tensor in state_dict.items()
-        if name.startswith(prefix)
-    }
+    own, room = {}, path.stat().st_size
+    for name, tensor in state_dict.items():
+        if name.startswith(prefix):
+            room -= tensor.numel() * tensor.element_size()
+            _check_tensor(tensor, name=name, path=path, has_room=room >= 0)
+            own[name.removeprefix(prefix)] = tensor.detach().clone().contiguous()
     try:
         return from_ldm(own) if is_ldm else own
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_tensor(tensor: Tensor, *, name: str, path: Path, has_room: bool) -> None:
+    """Refuse a tensor that can't be a trained weight, before it is copied.
+
+    Args:
+        tensor: as the file has it.
+        name: its name there.
+        path: of the file.
+        has_room: whether the file is large enough for it: a stride of 0 claims any shape.
+
+    Raises:
+        ValueError: names it.
+    """
+    got = None
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        got = "another kind of tensor"
+    elif not tensor.is_floating_point():
+        got = str(tensor.dtype).removeprefix("torch.")
+    elif not has_room:
+        got = f"a shape {tuple(tensor.shape)} that the file has no room for"
+    elif not tensor.isfinite().all():
+        got = "NaN or infinite values"
+    if got is not None:
+        raise ValueError(
+            f"{path} must hold finite floating-point numbers, got {got} in {name}. "
+            "Name weights of an earlier step, or fetch the file again."
+        )
+
+
+def check_archive(path: Path) -> None:
+    """Refuse a zip file that would unpack to more than it is: torch.save never compresses.
+
+    Raises:
+        ValueError: it is such a file, or its list of contents is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(f"{path} must be a whole weight file, got: {error}.") from error
+    if unpacked > path.stat().st_size:
+        raise ValueError(
+            f"{path} must hold its tensors uncompressed, as torch.save writes them, got "
+            f"{path.stat().st_size:,} bytes that unpack to {unpacked:,}. Fetch it again."
+        )
 
 
 def read_weight_file(path: Path) -> object:
@@ -234,12 +282,16 @@ def read_weight_file(path: Path) -> object:
         raise ValueError(
             f"{path} must be a weight file, got a Git LFS pointer. Run `git lfs pull` there."
         )
+    is_safetensors = head[8:9] == b"{"  # the header's length in 8 bytes, then JSON
+    is_archive = not is_safetensors and zipfile.is_zipfile(path)
+    if is_archive:
+        check_archive(path)
     try:
-        if head[8:9] == b"{":  # safetensors: the header's length in 8 bytes, then JSON
+        if is_safetensors:
             return load_file(path)
         # Mapped, so that a checkpoint's optimizer state is never read. By a handle where torch
         # would trust the name more than the content.
-        if zipfile.is_zipfile(path) and path.suffix != ".safetensors":
+        if is_archive and path.suffix != ".safetensors":
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         with path.open("rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from inpainting.atomic import replace_atomically
-from inpainting.images import read_image, read_mask
+from inpainting.images import read_layers, read_mask
 
 logger = logging.getLogger(__name__)
 
@@ -122,19 +122,20 @@ def read_picture(job: Job, *, invert_mask: bool, mask_grow: int) -> Picture:
     Raises:
         FileNotFoundError, ValueError: names the file and what is wrong with it.
     """
-    from inpainting.holes import fit_mask, grow_mask  # not above: find_jobs answers before torch
+    # Not above: find_jobs answers before torch is imported.
+    from inpainting.holes import check_proportions, fit_mask, grow_mask
 
-    image, transparent = read_image(job.image_path), None
-    with Image.open(job.image_path) as file:
-        # A CMYK or grey file's profile doesn't describe the RGB values that are written.
-        icc_profile = file.info.get("icc_profile") if file.mode in ("RGB", "RGBA") else None
-        if file.has_transparency_data:
-            transparent = np.asarray(ImageOps.exif_transpose(file).convert("RGBA"))
+    layers = read_layers(job.image_path)
+    height, width, _ = layers.image.shape
+    try:
+        check_proportions(height, width)
+    except ValueError as error:
+        raise ValueError(f"{job.image_path}: {error}") from error
     mask = read_mask(job.mask_path)
     if invert_mask:
         mask = 1 - mask
     try:
-        mask = fit_mask(mask, height=image.shape[0], width=image.shape[1])
+        mask = fit_mask(mask, height=height, width=width)
     except ValueError as error:
         raise ValueError(f"{job.mask_path}: {error}") from error
     if mask_grow:
@@ -144,7 +145,12 @@ def read_picture(job: Job, *, invert_mask: bool, mask_grow: int) -> Picture:
             "%s: the hole covers %.0f %% of the picture. If it is the wrong way round, %s "
             "--invert_mask.", job.mask_path, 100 * mask.mean(), "drop" if invert_mask else "add",
         )  # fmt: skip
-    return Picture(image=image, transparent=transparent, mask=mask, icc_profile=icc_profile)
+    return Picture(
+        image=layers.image,
+        transparent=layers.transparent,
+        mask=mask,
+        icc_profile=layers.icc_profile,
+    )
 
 
 def write_results(

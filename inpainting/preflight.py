@@ -105,7 +105,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be at most {MAX_SEED}, got {args.seed}.")
     if args.max_steps == 0:
         raise ValueError("--max_steps must be positive, or -1 for no limit, got 0.")
-    for name in ("val_split", "empty_prompt_prob"):
+    for name in ("val_split", "empty_prompt_prob", "max_bad_fraction"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} must be in [0, 1], got {getattr(args, name)}.")
     if args.val_split == 1:

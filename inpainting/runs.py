@@ -176,9 +176,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: it isn't a training checkpoint of this trainer.
     """
-    import pickle
-
     import torch
+
+    from inpainting.interop import check_archive
 
     if path.is_dir() and (path / "latest").is_file():  # DeepSpeed writes it last
         return {}
@@ -188,8 +188,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "`last` finds the newest one under --output_dir."
         )
     try:
+        check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a foreign file makes the unpickler fail in any way
         raise ValueError(
             f"{path} must be a training checkpoint, got a file that can't be read as one. "
             "Resume from another one in the same folder."

@@ -13,7 +13,7 @@ import torch
 from diffusers import ControlNetModel
 from transformers import CLIPTokenizer
 
-from data import CocoInpaintingDataset, Sample, SampleRule
+from data import CocoInpaintingDataset, Sample, SampleRule, UnreadablePictures
 from demo.random_base import write_random_base
 from demo.scenes import write_scenes
 from inpainting.coco import CocoIndex
@@ -122,6 +122,7 @@ def dataset(
     rows: Sequence[int] | None = None,
     is_training: bool,
     moments_cache: MomentsCache | None = None,
+    is_strict: bool = False,
 ) -> CocoInpaintingDataset:
     """Build a dataset over some rows of an index, or all of them."""
     return CocoInpaintingDataset(
@@ -131,6 +132,7 @@ def dataset(
         rule=rule,
         is_training=is_training,
         moments_cache=moments_cache,
+        unreadable=UnreadablePictures(len(index), is_error=is_strict),
     )
 
 

@@ -116,13 +116,13 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Fill, score, and write the table, results.json, results.md and the sheets."""
+    quiet_libraries()
     from tqdm import tqdm
 
     from inpainting.scoreboard import format_table, score_samples, summarize
     from pipeline import with_controlnet
     from tools.evaluation_files import Evaluation, write_sheets
 
-    quiet_libraries()
     index = read_index(args)
     loaded = load(args)
     second = with_controlnet(loaded, args.compare_with) if args.compare_with else None

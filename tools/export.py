@@ -119,11 +119,6 @@ def _read_config(weights_path: Path) -> dict:
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     largest = tensor.abs().max().item()
-    if not largest < float("inf"):
-        raise ValueError(
-            f"weights must be finite, got {largest} in {name}. "
-            "The training diverged: export an earlier checkpoint."
-        )
     if dtype.itemsize == 2 and largest > FP16_MAX:
         raise ValueError(
             f"fp16 holds values up to {FP16_MAX:.0f}, got {largest} in {name}. Use --dtype fp32."

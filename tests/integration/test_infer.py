@@ -295,7 +295,9 @@ def test_another_base_is_warned_about_and_another_stride_refused(
 ) -> None:
     tuned = write_random_base(tmp_path / "tuned", seed=1)
     assert infer.main(command(run_dir, pair, "--pretrained_model_name_or_path", str(tuned))) == 0
-    assert "not the base that the weights were trained with" in error_line(capfd)
+    line = error_line(capfd)
+    assert "tuned is not the base that" in line
+    assert "was trained with" in line
     other = write_random_base(tmp_path / "other", stride=4)
     assert infer.main(command(run_dir, pair, "--pretrained_model_name_or_path", str(other))) == 2
     assert "stride 8" in error_line(capfd)
@@ -338,6 +340,66 @@ def test_the_users_faults_are_told_in_one_line(
 ) -> None:  # fmt: skip
     assert infer.main(command(run_dir, pair, *flags)) == 2
     assert message in error_line(capfd)
+
+
+@pytest.mark.parametrize("which", ["picture", "mask"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "got an empty file"),
+        (b"<!DOCTYPE html><html>404</html>", "got something else"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "got a Git LFS pointer"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0u0\0\0u0\x08\x02\0\0\0", "must be a whole picture"),
+        ("half", "must be a whole picture"),
+    ],
+    ids=["empty", "page", "pointer", "cut header", "half"],
+)
+def test_a_file_that_is_no_picture_is_refused_with_its_name(
+    run_dir: Path, pair: tuple[Path, Path], which: str, content: bytes | str, message: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path = pair[which == "mask"]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if isinstance(content, str) else content)
+    assert infer.main(command(run_dir, pair)) == 2
+    line = error_line(capfd)
+    assert f"{path} must be" in line
+    assert message in line
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (10, 400)])
+def test_a_picture_too_thin_to_work_on_is_refused(
+    run_dir: Path, pair: tuple[Path, Path], shape: tuple[int, int],
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    mask = np.zeros(shape, np.uint8)
+    mask.ravel()[: mask.size // 4] = 255
+    Image.fromarray(mask).convert("RGB").save(pair[0])
+    Image.fromarray(mask).save(pair[1])
+    assert infer.main(command(run_dir, pair)) == 2
+    assert "at most 16 times as long" in error_line(capfd)
+
+
+class Exploit:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return (os.system, (f"touch '{self.target}'",))
+
+
+def test_weights_with_code_or_nan_are_refused_in_one_line(
+    run_dir: Path, pair: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    weights = torch.load(run_dir / "final_model" / "controlnet.pth", weights_only=True)
+    path, target = tmp_path / "controlnet.pth", tmp_path / "owned"
+    torch.save({**weights, "x": Exploit(target)}, path)
+    assert infer.main(command(run_dir, pair, "--checkpoint_path", str(path))) == 2
+    assert "must hold tensors only" in error_line(capfd)
+    assert not target.exists()
+    torch.save({**weights, "conv_in.bias": weights["conv_in.bias"] * torch.nan}, path)
+    assert infer.main(command(run_dir, pair, "--checkpoint_path", str(path))) == 2
+    assert "got NaN or infinite values in conv_in.bias" in error_line(capfd)
 
 
 def test_a_mask_of_other_proportions_is_refused_with_its_name(

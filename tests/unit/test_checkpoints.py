@@ -114,6 +114,16 @@ def test_pieces_of_a_flat_buffer_are_written_without_the_rest_of_it(
     assert (tmp_path / "controlnet.pth").stat().st_size < flat.nbytes / 2
 
 
+def test_the_same_weights_are_the_same_bytes(base: Path, tmp_path: Path) -> None:
+    controlnet = make_controlnet(base)
+    first, second = (
+        write_final_model(tmp_path / name, controlnet=controlnet, record=make_record(), training={})
+        for name in ("a", "b")
+    )
+    for path in first.iterdir():
+        assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+
+
 def test_half_precision_weights_are_written_in_fp32(base: Path, tmp_path: Path) -> None:
     controlnet = make_controlnet(base).bfloat16()
     write_final_model(tmp_path, controlnet=controlnet, record=make_record(), training={})

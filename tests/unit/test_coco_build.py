@@ -85,6 +85,25 @@ def test_when_every_picture_is_missing_the_folder_is_asked_for(dataset: Dataset)
         dataset.index()
 
 
+def test_a_linked_picture_and_a_linked_folder_are_followed(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("b.jpg", "sub/a.jpg"):
+        (dataset.image_dir / name).rename(elsewhere / Path(name).name)
+    (dataset.image_dir / "sub").rmdir()
+    (dataset.image_dir / "sub").symlink_to(elsewhere)
+    (dataset.image_dir / "b.jpg").symlink_to(elsewhere / "b.jpg")
+    assert len(dataset.index()) == 2
+
+
+def test_a_link_that_leads_nowhere_is_a_missing_picture(dataset: Dataset) -> None:
+    (dataset.image_dir / "b.jpg").unlink()
+    (dataset.image_dir / "b.jpg").symlink_to("nowhere.jpg")
+    assert dataset.index().image_ids.tolist() == [4]
+
+
 # Without annotations
 
 
@@ -131,6 +150,19 @@ def test_captions_of_a_folder_are_matched_by_file_name(dataset: Dataset) -> None
     index = dataset.folder_index(caption_file=dataset.caption_file)
     said = {index.image_path(row).name: index.captions(row) for row in range(2)}
     assert said == {"b.jpg": ["A dog.", "A cat."], "a.jpg": ["空の部屋 \U0001f600"]}
+
+
+@pytest.mark.parametrize("name", [["b.jpg"], {"b.jpg": 1}, None, 5])
+def test_a_picture_without_a_name_among_captions_matches_no_file(
+    dataset: Dataset, name: object
+) -> None:
+    """Found by fuzzing: a list was looked up as if it were a name."""
+    content = captions()
+    content["images"].append({"id": 77, "file_name": name})
+    dataset.caption_file.write_text(json.dumps(content))
+    index = dataset.folder_index(caption_file=dataset.caption_file)
+    said = {index.image_path(row).name: index.captions(row) for row in range(2)}
+    assert said["b.jpg"] == ["A dog.", "A cat."]
 
 
 def test_captions_of_a_folder_are_matched_by_number(dataset: Dataset) -> None:

@@ -92,6 +92,29 @@ def test_all_kinds_of_rle_equal_the_mask_that_they_were_made_of() -> None:
                 )
 
 
+@pytest.mark.parametrize(
+    "polygon",
+    [
+        [1, 2, 6, 2, 4, 2],  # no height, as COCO's record 918
+        [3, 1, 3, 5, 3, 2],  # no width
+        [2.1, 2.1, 2.3, 2.1, 2.2, 2.3],  # smaller than a pixel
+        [3, 3, 3, 3, 3, 3],
+        [-7, -5, -1, -5, -4, -1],  # outside of the picture
+        [9, 1, 12, 1, 12, 4],
+        [-8, -6, 16, -6, 16, 12, -8, 12],  # around all of it
+        [1, 1, 5, 4, 5, 1, 1, 4],  # crossing itself
+    ],
+)
+def test_degenerate_polygons_are_pycocotools_own_masks(polygon: list[float]) -> None:
+    reference: Any = COCO()
+    reference.imgs = {0: {"height": HEIGHT, "width": WIDTH}}
+    expected = reference.annToMask({"image_id": 0, "segmentation": [polygon]})
+    counts = compress([polygon], height=HEIGHT, width=WIDTH)
+    np.testing.assert_array_equal(
+        coco_mask.decode({"size": [HEIGHT, WIDTH], "counts": counts}), expected
+    )
+
+
 # Bad rows
 
 
@@ -203,6 +226,16 @@ def test_an_annotation_that_lacks_a_key_is_left_out(dataset: Dataset, key: str) 
     content = instances()
     del content["annotations"][0][key]
     assert sum(counts_of(dataset.index(content)).values()) == 1
+
+
+def test_of_a_huge_bad_value_little_is_told() -> None:
+    """Found by fuzzing: nested values came out at any length."""
+    nested: object = "long \U0001f600 words " * 100
+    for _ in range(5):
+        nested = {f"{key}" * 30: [nested] * 6 for key in range(4)}
+    with pytest.raises(BadRecordError) as caught:
+        compress({"size": nested}, height=HEIGHT, width=WIDTH)
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("row", [None, [], "text", 5, [["id", 1]]])

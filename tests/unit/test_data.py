@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import random
@@ -13,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import CocoInpaintingDataset, Sample
+import data
+from data import CocoInpaintingDataset, Sample, UnreadablePictureError
 from inpainting.coco import CocoIndex
 from inpainting.latents import NO_SLOT, MomentsCache, Slot
 from inpainting.masks import dilate
@@ -265,6 +267,28 @@ def test_the_picture_keeps_its_aspect(tmp_path) -> None:
     assert abs(int(height) - 120 * 64 / 200) <= 1
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
+def test_a_picture_of_one_pixels_width_fulfils_the_contract(tmp_path, size) -> None:
+    height, width = size
+    index = write_coco(tmp_path, [np.full((*size, 3), 9, np.uint8)], [[0, 0, width, height]])
+    sample = tiny.dataset(index, tiny.rule(), is_training=True)[0, 0]
+    assert sample["image"].unique().tolist() == [9]
+    assert 0.1 <= sample["mask"].float().mean() <= 0.3
+
+
+def test_a_record_with_width_and_height_swapped_is_left_out(tmp_path, caplog) -> None:
+    pictures = [np.zeros((64, 80, 3), np.uint8), np.zeros((64, 80, 3), np.uint8)]
+    write_coco(tmp_path, pictures, [[8, 8, 30, 30]] * 2)
+    content = json.loads((tmp_path / "instances.json").read_text())
+    content["images"][0] |= {"height": 80, "width": 64}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    index = CocoIndex.from_annotations(
+        tmp_path / "images", ann_file=tmp_path / "instances.json", cache_dir=tmp_path / "cache"
+    )
+    assert tiny.dataset(index, tiny.rule(), is_training=True)[0, 0]["image_id"] == 2
+    assert "got 80 x 64 px for 64 x 80" in caplog.text
+
+
 # ---- pictures that can't be read
 
 
@@ -302,7 +326,7 @@ def test_a_picture_of_another_size_than_its_record_is_left_out(tmp_path, broken_
     Image.new("RGB", (65, 64)).save(tmp_path / "images" / "1.png")
     dataset = tiny.dataset(broken_index, tiny.rule(), is_training=True)
     assert dataset[0, 0]["image_id"] == 3
-    assert "must be 64 x 64 px as its record says, got 65 x 64" in caplog.text
+    assert "must have the size in its record, got 65 x 64 px for 64 x 64" in caplog.text
 
 
 def test_a_split_without_one_readable_picture_is_refused(tmp_path, broken_index) -> None:
@@ -311,6 +335,76 @@ def test_a_split_without_one_readable_picture_is_refused(tmp_path, broken_index)
     dataset = tiny.dataset(broken_index, tiny.rule(), is_training=True)
     with pytest.raises(ValueError, match="at least one picture must be readable, got none"):
         dataset[0, 0]
+
+
+def test_strict_data_ends_at_the_first_unreadable_picture(broken_index) -> None:
+    dataset = tiny.dataset(broken_index, tiny.rule(), is_training=True, is_strict=True)
+    assert dataset[0, 0]["image_id"] == 1
+    with pytest.raises(UnreadablePictureError, match=r"--strict_data: .*2\.png must be a whole"):
+        dataset[0, 1]
+
+
+def test_no_order_of_reading_changes_what_takes_a_bad_pictures_place(broken_index) -> None:
+    addresses = [(epoch, position) for epoch in range(3) for position in range(4)]
+    straight = tiny.dataset(broken_index, tiny.rule(), is_training=True)
+    expected = {address: straight[address] for address in addresses}
+    for seed in range(4):
+        random.Random(seed).shuffle(addresses)
+        other = tiny.dataset(broken_index, tiny.rule(), is_training=True)
+        for address in addresses:
+            assert not differences(other[address], expected[address]), (seed, address)
+
+
+class FailingDisk:
+    """Lets pictures fail to open for a while, as a disk or a network does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, number: int, times: int) -> None:
+        self.pauses: list[float] = []
+        self._left = times
+        self._open = CocoIndex.open_picture
+        self._number = number
+        monkeypatch.setattr(CocoIndex, "open_picture", lambda index, row: self.open(index, row))
+        monkeypatch.setattr(data.time, "sleep", self.pauses.append)
+
+    def open(self, index: CocoIndex, row: int) -> Image.Image:
+        if self._left:
+            self._left -= 1
+            raise OSError(self._number, "the disk says no", str(index.image_path(row)))
+        return self._open(index, row)
+
+
+def test_a_picture_is_read_again_when_the_disk_stumbles(index, monkeypatch, caplog) -> None:
+    expected = tiny.dataset(index, tiny.rule(), is_training=True)[0, 3]
+    disk = FailingDisk(monkeypatch, number=errno.EIO, times=2)
+    sample = tiny.dataset(index, tiny.rule(), is_training=True)[0, 3]
+    assert not differences(sample, expected)
+    assert disk.pauses == [1.0, 5.0]
+    assert not caplog.records
+
+
+def test_a_picture_that_the_disk_never_gives_is_left_out(index, monkeypatch, caplog) -> None:
+    FailingDisk(monkeypatch, number=errno.EIO, times=3)
+    sample = tiny.dataset(index, tiny.rule(), is_training=True)[0, 3]
+    assert sample["image_id"] == index.image_ids[4]
+    assert "the disk says no" in caplog.text
+
+
+def test_a_machine_without_free_files_leaves_no_picture_out(index, monkeypatch) -> None:
+    disk = FailingDisk(monkeypatch, number=errno.EMFILE, times=1)
+    dataset = tiny.dataset(index, tiny.rule(), is_training=True)
+    with pytest.raises(OSError, match="the disk says no"):
+        dataset[0, 3]
+    assert disk.pauses == []
+    assert dataset[0, 3]["image_id"] == index.image_ids[3]
+
+
+def test_one_of_our_own_faults_is_no_unreadable_picture(index, monkeypatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise ValueError("a fault of ours")
+
+    monkeypatch.setattr(data, "draw_mask", fail)
+    with pytest.raises(ValueError, match="a fault of ours"):
+        tiny.dataset(index, tiny.rule(), is_training=True)[0, 0]
 
 
 # ---- with a cache of the VAE's moments

@@ -30,7 +30,8 @@ PARSERS = {
 FROZEN_FLAGS = {
     "13": """
         --image_dir --ann_file --caption_file --batch_size --num_workers --image_size --val_split
-        --num_crops --cache_latents --mask_types --mask_area_range
+        --num_crops --cache_latents --mask_types --mask_area_range --max_bad_fraction
+        --strict_data --check
         --pretrained_model_name_or_path --base_config --prediction_type --controlnet_weights
         --num_epochs --max_steps --learning_rate --adam_weight_decay --lr_scheduler
         --lr_warmup_steps --gradient_clip_val --accumulate_grad_batches --gradient_checkpointing
@@ -218,3 +219,10 @@ def test_the_install_commands_name_what_is_there() -> None:
     assert re.findall(r"pip install -r (\S+)", text) == ["requirements.txt"]
     development = (ROOT / "requirements-dev.txt").read_text()
     assert development.startswith("-r requirements.txt\n")
+
+
+def test_the_readmes_table_is_what_the_command_printed() -> None:
+    results = (ROOT / "docs" / "demo_results.md").read_text(encoding="utf-8")
+    table = results.split("\n\n")[1]
+    assert table.startswith("| hole "), table
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from inpainting.images import (
     crop_box,
     open_image,
     read_image,
+    read_layers,
     read_mask,
     resize_image,
     resize_mask,
@@ -198,15 +201,52 @@ def test_damaged_bytes_are_read_or_refused_but_never_crash(
     [
         (b"", r"a\.png must be a whole picture .* got an empty file"),
         (b"<!DOCTYPE html><html>not found</html>", r"a\.png must be .* got something else"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "got a Git LFS pointer"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "got something else"),
     ],
-    ids=["empty", "text", "postscript"],
+    ids=["empty", "text", "pointer", "postscript"],
 )
 def test_foreign_files_are_refused_by_name(tmp_path: Path, content: bytes, match: str) -> None:
     (tmp_path / "a.png").write_bytes(content)
     for read in (read_image, read_mask):
         with pytest.raises(ValueError, match=match):
             read(tmp_path / "a.png")
+
+
+def test_an_avif_file_with_a_broken_box_is_refused(tmp_path: Path, photo: np.ndarray) -> None:
+    """Found by fuzzing: its decoder raises RuntimeError."""
+    path = save(photo, tmp_path / "a.avif")
+    path.write_bytes(path.read_bytes().replace(b"pitm", b"itm\0"))
+    with pytest.raises(ValueError, match=r"a\.avif must be a whole picture .* got 'Failed to dec"):
+        read_image(path)
+
+
+def test_a_jpeg2000_box_that_reaches_beyond_any_file_is_refused(
+    tmp_path: Path, photo: np.ndarray
+) -> None:
+    """Found by fuzzing: the reader seeks there, which looked like a fault of the disk."""
+    path = save(photo, tmp_path / "a.jp2")
+    path.write_bytes(path.read_bytes().replace(b"\0\0\0\x14ftyp", b"\0\0\0\x01ftyp"))
+    with pytest.raises(ValueError, match=r"a\.jp2 must be a whole picture .* got '.*Invalid arg"):
+        read_image(path)
+
+
+def test_a_header_that_claims_30000_pixels_a_side_is_refused_at_once(tmp_path: Path) -> None:
+    path = save(np.zeros((1, 1), np.uint8), tmp_path / "a.png")
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">II", 30_000, 30_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+    for read in (read_image, read_mask):
+        with pytest.raises(ValueError, match=r"a\.png must have at most \d+ pixels, got more"):
+            read(path)
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1)])
+def test_a_picture_as_thin_as_a_line_is_read(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", size, (1, 2, 3)).save(path)
+    assert read_image(path).shape == (size[1], size[0], 3)
 
 
 def test_missing_files_and_folders_are_told_apart(tmp_path: Path) -> None:
@@ -225,6 +265,33 @@ def test_decompression_bombs_are_refused_in_one_line(
     for read in (read_image, read_mask):
         with pytest.raises(ValueError, match=f"at most {limit} pixels, got more"):
             read(path)
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+def test_layers_keep_the_files_own_alpha_upright(tmp_path: Path) -> None:
+    rgba = np.random.default_rng(0).integers(0, 256, (5, 7, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(np.ascontiguousarray(np.rot90(rgba)), tmp_path / "a.png", exif=exif)
+    layers = read_layers(path)
+    np.testing.assert_array_equal(layers.transparent, rgba)
+    np.testing.assert_array_equal(layers.image, read_image(path))
+
+
+def test_broken_exif_beside_transparency_is_ignored(tmp_path: Path) -> None:
+    """The file was once opened a second time, by a reader that trusts its EXIF data."""
+    rgba = np.random.default_rng(0).integers(0, 256, (5, 7, 4), dtype=np.uint8)
+    path = save(rgba, tmp_path / "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    np.testing.assert_array_equal(read_layers(path).transparent, rgba)
+
+
+def test_sixteen_bit_grey_with_a_transparent_level_is_opaque(tmp_path: Path) -> None:
+    path = save(np.array([[0, 3000, 65535]], np.uint16), tmp_path / "a.png", transparency=3000)
+    layers = read_layers(path)
+    assert layers.transparent is None
+    assert layers.image[0, :, 0].tolist() == [0, 12, 255]
 
 
 # --- squares --------------------------------------------------------------------------------------

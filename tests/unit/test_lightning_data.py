@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +12,10 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+from data import UnreadablePictures
 from inpainting.coco import CocoIndex
 from lightning_data import (
+    CountUnreadable,
     EpochBatchSampler,
     EpochLoader,
     FixedBatchSampler,
@@ -227,6 +231,7 @@ def datamodule(
         overfit_batches=overfit_batches,
         position=position,
         moments_cache=None,
+        unreadable=UnreadablePictures(len(index), is_error=False),
     )
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
         current_epoch=epoch,
@@ -274,6 +279,52 @@ def test_persistent_workers_see_the_next_epoch(index) -> None:
     for epoch in range(2):
         module.trainer.current_epoch = epoch  # type: ignore[misc]
         assert_same_batches(list(loader), expected_batches(module, epoch=epoch))
+
+
+@pytest.fixture
+def index_with_a_bad_picture(tmp_path: Path) -> CocoIndex:
+    folder = shutil.copytree(tiny.coco_folder() / "images", tmp_path / "images")
+    index = CocoIndex.from_annotations(
+        folder,
+        ann_file=tiny.coco_folder() / "annotations" / "instances.json",
+        cache_dir=tmp_path / "cache",
+    )
+    index.image_path(3).write_bytes(b"")
+    return index
+
+
+def test_loader_processes_leave_the_same_pictures_out_and_share_what_they_know(
+    index_with_a_bad_picture: CocoIndex,
+) -> None:
+    alone = datamodule(index_with_a_bad_picture, val_split=0.0)
+    helped = datamodule(index_with_a_bad_picture, val_split=0.0, num_workers=2)
+    assert_same_batches(list(helped.train_dataloader()), list(alone.train_dataloader()))
+    for module in (alone, helped):
+        assert module.unreadable.flags.nonzero().flatten().tolist() == [3]
+
+
+def test_an_epochs_end_tells_the_number_of_unreadable_pictures_once(
+    index: CocoIndex, caplog: pytest.LogCaptureFixture
+) -> None:
+    unreadable = UnreadablePictures(len(index), is_error=False)
+    counter = CountUnreadable(unreadable)
+    found_elsewhere = torch.zeros(len(index), dtype=torch.int32)
+    found_elsewhere[5] = 1
+    trainer = SimpleNamespace(
+        is_global_zero=True,
+        strategy=SimpleNamespace(
+            root_device=torch.device("cpu"), reduce=lambda flags, reduce_op: flags + found_elsewhere
+        ),
+    )
+    unreadable.add(2, ValueError("bad"))
+    caplog.clear()
+    for _ in range(2):
+        counter.on_train_epoch_end(trainer, None)  # type: ignore[arg-type]
+    assert caplog.messages == [
+        "warning: 2 of 12 pictures can't be read: each one's neighbour takes its place"
+    ]
+    unreadable.add(5, ValueError("bad"))  # named by another rank already
+    assert len(caplog.messages) == 1
 
 
 def test_training_and_validation_share_no_picture(index) -> None:
