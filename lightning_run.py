@@ -161,7 +161,7 @@ def assemble(
     logger.info(
         "%d pictures train, %d validate; %d optimizer steps per epoch; "
         "base %s at %d px; %s on %d x %s",
-        len(datamodule.train_set), len(datamodule.val_set), steps_per_epoch, base.name,
+        len(datamodule.train_set), len(datamodule.val_set), steps_per_epoch, record.base,
         args.image_size, args.precision, world_size, args.accelerator,
     )  # fmt: skip
     if moments_cache is not None:
