@@ -23,7 +23,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m demo
 
 test: $(INSTALLED)
-	$(TEST_ENV) $(BIN)/python -m pytest
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -m soak

@@ -72,7 +72,7 @@ REFUSED = {
 INSTALLS = (
     "python -m venv .venv", "source .venv/bin/activate", "pip install -r requirements.txt",
 )  # fmt: skip
-MAKES = {"make demo": "-m demo", "make test": "-m pytest"}
+MAKES = {"make demo": "-m demo", "make test": "-m pytest -n 2 --dist loadfile"}
 RESULTS = {"--dry_run": None, "--check": None, "--find_lr": "find_lr.png"}
 
 
