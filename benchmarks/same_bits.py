@@ -51,7 +51,9 @@ def compare_runs(expected: Path, got: Path) -> list[str]:
     runs = (expected, got)
     names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in runs]
     differences = list_differences(*names, at="checkpoints")
-    weights = [torch.load(run / "final_model" / "controlnet.pth") for run in runs]
+    weights = [
+        torch.load(run / "final_model" / "controlnet.pth", weights_only=True) for run in runs
+    ]
     differences += list_differences(*weights, at="controlnet.pth")
     for name in EXPORTS:
         contents = [(run / "final_model" / name).read_bytes() for run in runs]

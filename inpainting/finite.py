@@ -55,7 +55,9 @@ class FiniteSteps:
         """
         loss = losses.mean()
         is_finite = loss.detach().isfinite()
-        self._step.append((image_ids, losses.detach().isfinite().flatten(1).all(dim=1)))
+        self._step.append(
+            (image_ids, losses.detach().isfinite().reshape(len(losses), -1).all(dim=1))
+        )
         return loss * torch.where(is_finite, 1.0, torch.nan)
 
     def judge(self, grad_norm: Tensor) -> Tensor:
