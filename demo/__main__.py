@@ -8,6 +8,7 @@ two CPU cores.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -73,7 +74,9 @@ def run_command(script: str, arguments: str) -> int:
     """
     print(f"\n$ python {script} {arguments}", flush=True)
     what = shlex.split(script) if script.startswith("-m ") else [str(ROOT / script)]
-    return subprocess.run([sys.executable, *what, *shlex.split(arguments)], check=False).returncode
+    command = [sys.executable, *what, *shlex.split(arguments)]
+    places = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # for `-m`
+    return subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": places}).returncode
 
 
 def newest_run(output_dir: Path) -> Path:
