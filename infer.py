@@ -136,20 +136,9 @@ def load(args: argparse.Namespace) -> tuple[InpaintPipeline, int]:
         FileNotFoundError, ValueError: names the flag or file to correct.
     """
     from demo.defaults import BASE_DIR
-    from inpainting.devices import choose_device
-    from pipeline import load_pipeline
+    from pipeline import load_from_flags
 
-    device, dtype = choose_device(args.device, precision=args.precision)
-    loaded = load_pipeline(
-        args.checkpoint_path,
-        base=args.pretrained_model_name_or_path,
-        base_config=args.base_config,
-        prediction_type=args.prediction_type,
-        scheduler=args.scheduler,
-        device=device,
-        dtype=dtype,
-        demo_base=BASE_DIR,
-    )
+    loaded = load_from_flags(args, demo_base=BASE_DIR)
     loaded.pipeline.set_progress_bar_config(disable=not sys.stderr.isatty())
     return loaded.pipeline, args.image_size or loaded.image_size
 

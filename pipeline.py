@@ -6,16 +6,19 @@ place, the flags must.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ControlNetModel
 from torch import Tensor
 
 from inpainting.checkpoints import base_hash, find_record
+from inpainting.devices import choose_device
 from inpainting.diffusion import HOLE_VALUE
 from inpainting.interop import read_controlnet_weights
 from inpainting.record import InpaintingRecord
@@ -38,6 +41,21 @@ class LoadedPipeline:
     pipeline: InpaintPipeline
     base: Base
     image_size: int
+
+
+def load_from_flags(args: argparse.Namespace, *, demo_base: Path) -> LoadedPipeline:
+    """Load what the flags name that infer.py and tools.evaluate share; see `load_pipeline`."""
+    device, dtype = choose_device(args.device, precision=args.precision)
+    return load_pipeline(
+        args.checkpoint_path,
+        base=args.pretrained_model_name_or_path,
+        base_config=args.base_config,
+        prediction_type=args.prediction_type,
+        scheduler=args.scheduler,
+        device=device,
+        dtype=dtype,
+        demo_base=demo_base,
+    )
 
 
 def load_pipeline(
@@ -83,13 +101,17 @@ def load_pipeline(
     networks.vae.to(device=device)  # type: ignore[call-arg]
     networks.text_encoder.to(device=device)  # type: ignore[arg-type]
     networks.unet.to(device=device, dtype=dtype)  # type: ignore[call-arg]
-    pipeline = make_pipeline(
-        vae=networks.vae, unet=networks.unet, text_encoder=networks.text_encoder,
-        tokenizer=networks.tokenizer,
-        controlnet=controlnet.to(device=device, dtype=dtype),  # type: ignore[arg-type]
-        scheduler=make_scheduler(scheduler, networks.noise_scheduler),
-    )  # fmt: skip
+    controlnet.to(device=device, dtype=dtype)  # type: ignore[call-arg]
+    sampler = make_scheduler(scheduler, networks.noise_scheduler)
+    pipeline = _join(networks, controlnet, scheduler=sampler)
     return LoadedPipeline(pipeline, networks, (record or networks).image_size)
+
+
+def _join(networks: Base, controlnet: ControlNetModel, *, scheduler: Any) -> InpaintPipeline:
+    return make_pipeline(
+        vae=networks.vae, unet=networks.unet, text_encoder=networks.text_encoder,
+        tokenizer=networks.tokenizer, controlnet=controlnet, scheduler=scheduler,
+    )  # fmt: skip
 
 
 def with_controlnet(loaded: LoadedPipeline, checkpoint_path: str) -> LoadedPipeline:
@@ -106,13 +128,9 @@ def with_controlnet(loaded: LoadedPipeline, checkpoint_path: str) -> LoadedPipel
         read_controlnet_weights(checkpoint_path), record=find_record(checkpoint_path),
         networks=loaded.base, source=checkpoint_path,
     )  # fmt: skip
-    unet = loaded.pipeline.unet
+    unet = loaded.base.unet
     controlnet.to(device=unet.device, dtype=unet.dtype)  # type: ignore[call-arg]
-    pipeline = loaded.pipeline
-    pipeline = make_pipeline(
-        vae=pipeline.vae, unet=unet, text_encoder=pipeline.text_encoder,
-        tokenizer=pipeline.tokenizer, controlnet=controlnet, scheduler=pipeline.scheduler,
-    )  # fmt: skip
+    pipeline = _join(loaded.base, controlnet, scheduler=loaded.pipeline.scheduler)
     return replace(loaded, pipeline=pipeline)
 
 

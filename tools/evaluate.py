@@ -192,20 +192,9 @@ def read_index(args: argparse.Namespace) -> CocoIndex:
 def load(args: argparse.Namespace) -> LoadedPipeline:
     """Load the ControlNet with its base."""
     from demo.defaults import BASE_DIR
-    from inpainting.devices import choose_device
-    from pipeline import load_pipeline
+    from pipeline import load_from_flags
 
-    device, dtype = choose_device(args.device, precision=args.precision)
-    return load_pipeline(
-        args.checkpoint_path,
-        base=args.pretrained_model_name_or_path,
-        base_config=args.base_config,
-        prediction_type=args.prediction_type,
-        scheduler=args.scheduler,
-        device=device,
-        dtype=dtype,
-        demo_base=BASE_DIR,
-    )
+    return load_from_flags(args, demo_base=BASE_DIR)
 
 
 def check_size(image_size: int, *, loaded: LoadedPipeline) -> None:
