@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from inpainting.attention import FittingAttention
 from inpainting.base import BaseConfig, read_base_config
 from inpainting.diffusion import normalize_image
 from inpainting.interop import describe_mismatch, read_weight_file
@@ -158,6 +159,7 @@ def load_base(
     for network in parts:
         nn.Module.to(network, dtype=torch.float32 if network is vae else dtype)
         network.requires_grad_(False).eval()
+    unet.set_attn_processor(FittingAttention())  # type: ignore[arg-type]
     if len(tokenizer) != text_encoder.config.vocab_size:
         raise ValueError(
             f"the base's tokenizer must know the text encoder's {text_encoder.config.vocab_size} "
@@ -310,6 +312,7 @@ def build_controlnet(unet: UNet2DConditionModel, *, stride: int) -> ControlNetMo
         unet, conditioning_embedding_out_channels=HINT_CHANNELS[: int(math.log2(stride)) + 1]
     )
     nn.Module.to(controlnet, dtype=torch.float32)
+    controlnet.set_attn_processor(FittingAttention())  # type: ignore[arg-type]
     return controlnet.train()
 
 
