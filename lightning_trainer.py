@@ -99,7 +99,7 @@ def build_trainer(
         *([ValidationInpaintings(datamodule.val_set)] if has_validation else []),
         *([StopWithoutProgress("val/loss", patience=args.early_stopping_patience)]
           if args.early_stopping_patience else []),
-        ProgressBar(refresh_rate=1 if args.accelerator == "cpu" else 10),
+        ProgressBar(),
         stop,
         StopAtMaxSteps(),
         NamedCheckpoint(
