@@ -18,13 +18,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT_DIR = Path("outputs") / "demo"
 # What makes a ControlNet learn fast on this base: docs/log.md.
+BATCH_SIZE = 32
 TRAINING = (
-    "--batch_size 32 --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 30 "
-    "--mask_area_range 0.1 0.4 --empty_prompt_prob 0.2 --val_split 0.02 --num_workers 1 "
+    "--learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 30 "
+    "--mask_area_range 0.1 0.5 --empty_prompt_prob 0.1 --val_split 0.02 --num_workers 0 "
     "--num_epochs 1000 --save_every_n_epochs 1000 --log_every_n_steps 20"
 )
-NUM_STEPS, NUM_PICTURES = 1000, 64
-EVALUATION = "--hole_kinds medium thick --num_samples 1 --guidance_scale 1"
+NUM_STEPS, NUM_PICTURES = 1300, 64
+EVALUATION = (
+    "--hole_kinds medium thick --num_samples 1 --guidance_scale 1.5 --num_inference_steps 10"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     status = run_command(
         "train_lightning.py",
-        f"{TRAINING} --precision {fast_precision()} --max_steps {args.max_steps} "
-        f"--output_dir {OUTPUT_DIR}",
+        f"{split_batch()} {TRAINING} --precision {fast_precision()} "
+        f"--max_steps {args.max_steps} --output_dir {OUTPUT_DIR}",
     )
     if status:
         return status
@@ -64,6 +67,15 @@ def fast_precision() -> str:
     capabilities = torch.cpu.get_capabilities()
     computes = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return "bf16-mixed" if computes else "auto"
+
+
+def split_batch() -> str:
+    """Return flags for one GPU, or for a process on each of two cores: faster than two threads."""
+    import torch
+
+    if torch.accelerator.is_available() or (os.cpu_count() or 1) < 2:
+        return f"--batch_size {BATCH_SIZE}"
+    return f"--batch_size {BATCH_SIZE // 2} --devices 2 --strategy ddp"
 
 
 def run_command(script: str, arguments: str) -> int:
