@@ -254,8 +254,8 @@ class TrainingPictures(pl.Callback):
 class ValidationInpaintings(pl.Callback):
     """At each validation: a few fixed pictures, really inpainted.
 
-    The pipeline borrows the networks that train; nothing is loaded twice. All ranks sample the
-    same pictures, because ZeRO-3 gathers parameters within forward, and rank 0 writes them.
+    The pipeline borrows the networks that train; nothing is loaded twice. Each rank draws its part
+    of the pictures, as many as the others do: ZeRO-3 gathers parameters within forward.
 
     Samples at the validation epoch's end: later no metric may be logged any more, and whatever
     acts on one (curves, checkpoints) comes later.
@@ -275,16 +275,33 @@ class ValidationInpaintings(pl.Callback):
         drawn = [self.dataset[0, i] for i in range(min(NUM_PICTURES, len(self.dataset)))]
         # An unreadable picture's place is taken by its neighbour, which may be there already.
         samples = list({int(sample["image_id"]): sample for sample in drawn}.values())
-        fills, psnr = [], math.nan
-        try:
-            fills = [_inpaint(pl_module, sample) for sample in samples]
+        fills, psnr = self._draw_fills(trainer, pl_module, samples), math.nan
+        if fills:
             psnr = sum(map(_psnr_hole, fills, samples)) / len(samples)
-        except FloatingPointError as error:  # a picture is no reason to end days of training
-            logger.warning("no validation pictures: %s", error)
-        # The first rank's, since checkpoints may be ranked by it: on GPUs its bits may differ.
-        pl_module.log("val/psnr_hole", trainer.strategy.broadcast(psnr), logger=False)
+        pl_module.log("val/psnr_hole", psnr, logger=False)
         if fills and trainer.is_global_zero:
             _show_inpaintings(trainer, samples, fills)
+
+    def _draw_fills(
+        self, trainer: pl.Trainer, module: InpaintingControlNet, samples: list[Sample]
+    ) -> list[np.ndarray]:
+        """Fill all samples' holes, with the other ranks; none where one has overflowed."""
+        world_size = trainer.world_size
+        num_mine = math.ceil(len(samples) / world_size)
+        size = samples[0]["image"].shape[-1]
+        fills = torch.zeros(num_mine, size, size, 3, dtype=torch.uint8, device=module.device)
+        has_overflowed = torch.zeros(1, device=module.device)
+        for turn in range(num_mine):
+            sample = samples[(turn * world_size + trainer.global_rank) % len(samples)]
+            try:
+                fills[turn] = torch.from_numpy(_inpaint(module, sample))
+            except FloatingPointError as error:  # a picture is no reason to end days of training
+                logger.warning("no validation pictures: %s", error)
+                has_overflowed += 1
+        if module.gather(has_overflowed).sum() > 0:
+            return []
+        by_turn = module.gather(fills).reshape(world_size, *fills.shape).transpose(0, 1)
+        return list(by_turn.flatten(0, 1)[: len(samples)].cpu().numpy())
 
 
 def _psnr_hole(fill: np.ndarray, sample: Sample) -> float:

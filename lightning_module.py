@@ -266,12 +266,12 @@ class InpaintingControlNet(pl.LightningModule):
         Every rank must call it. The mean since the last log point starts anew.
         """
         part = self.loss_sums[2:] if epoch else self.loss_sums[:2]
-        total, count = self._gather(part).reshape(-1, 2).sum(dim=0)
+        total, count = self.gather(part).reshape(-1, 2).sum(dim=0)
         if not epoch:
             self.loss_sums[:2] = 0
         return (total / count).float()
 
-    def _gather(self, tensor: Tensor) -> Tensor:
+    def gather(self, tensor: Tensor) -> Tensor:
         """Collect a tensor from all ranks: (...) -> (world_size, ...), or as it is with one."""
         return cast(Tensor, self.all_gather(tensor))
 
@@ -293,7 +293,7 @@ class InpaintingControlNet(pl.LightningModule):
         """Log val/loss with its parts and its base, over all ranks' pictures."""
         parts, self._validation_losses = self._validation_losses, []
         pictures = {
-            name: self._gather(torch.cat([part[name] for part in parts])).flatten().cpu()
+            name: self.gather(torch.cat([part[name] for part in parts])).flatten().cpu()
             for name in parts[0]
         }
         num_steps = self.base.noise_scheduler.config["num_train_timesteps"]
@@ -366,7 +366,7 @@ class InpaintingControlNet(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the average and each rank's running sums; every rank takes part."""
-        checkpoint["loss_sums"] = self._gather(self.loss_sums).reshape(-1, 4).cpu()
+        checkpoint["loss_sums"] = self.gather(self.loss_sums).reshape(-1, 4).cpu()
         if self.average is not None:
             checkpoint["average"] = self.average.state_dict()
 

@@ -48,7 +48,7 @@ def dataset(*, rows: list[int]):
     return tiny.dataset(tiny.coco_index(), tiny.rule(), rows=rows, is_training=False)
 
 
-def validate(module, folder: Path, *, val_set, monkeypatch=None, broadcast=None) -> pl.Trainer:
+def validate(module, folder: Path, *, val_set) -> pl.Trainer:
     trainer = pl.Trainer(
         accelerator="cpu",
         logger=RunLogger(folder, name="", version=""),
@@ -57,8 +57,6 @@ def validate(module, folder: Path, *, val_set, monkeypatch=None, broadcast=None)
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    if broadcast is not None:
-        monkeypatch.setattr(trainer.strategy, "broadcast", broadcast)
     batches = torch.utils.data.DataLoader([tiny.batch(module.base)], batch_size=None)
     trainer.validate(module, batches, verbose=False)
     return trainer
@@ -85,12 +83,25 @@ def test_a_picture_that_stands_twice_is_filled_once(module, fills, tmp_path) -> 
     assert float(trainer.callback_metrics["val/psnr_hole"]) == pytest.approx(expected, abs=1e-4)
 
 
-def test_all_ranks_take_the_first_ones_psnr(module, fills, tmp_path, monkeypatch) -> None:
-    trainer = validate(
-        module, tmp_path, val_set=dataset(rows=[0]), monkeypatch=monkeypatch,
-        broadcast=lambda value: 12.5,
-    )  # fmt: skip
-    assert float(trainer.callback_metrics["val/psnr_hole"]) == 12.5
+def test_each_rank_fills_its_part_and_all_know_the_whole(
+    module, fills, tmp_path, monkeypatch
+) -> None:
+    val_set = dataset(rows=[0, 1, 2, 3])
+    samples = [val_set[0, i] for i in range(4)]
+
+    def gather(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype != torch.uint8:
+            return tensor
+        others = [lightning_callbacks._inpaint(module, samples[i]) for i in (1, 3)]
+        return torch.stack([tensor, torch.from_numpy(np.stack(others))])
+
+    monkeypatch.setattr(pl.Trainer, "world_size", 2)
+    monkeypatch.setattr(module, "gather", gather)
+    trainer = validate(module, tmp_path, val_set=val_set)
+    ids = val_set.index.image_ids
+    assert fills == [ids[0], ids[2], ids[1], ids[3]]
+    expected = sum(20 * math.log10(255 / DARKER[i]) for i in range(4)) / 4
+    assert float(trainer.callback_metrics["val/psnr_hole"]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_an_overflow_shows_no_picture_and_ranks_last(
