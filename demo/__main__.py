@@ -24,7 +24,7 @@ TRAINING = (
     "--mask_area_range 0.1 0.5 --empty_prompt_prob 0.1 --val_split 0.02 --num_workers 0 "
     "--num_epochs 1000 --save_every_n_epochs 1000 --log_every_n_steps 20"
 )
-NUM_STEPS, NUM_PICTURES = 1300, 64
+NUM_STEPS, NUM_PICTURES = 1000, 64
 EVALUATION = (
     "--hole_kinds medium thick --num_samples 1 --guidance_scale 1.5 --num_inference_steps 10"
 )
