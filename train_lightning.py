@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -132,7 +132,13 @@ def check_data(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from inpainting.coco_records import is_fault
-    from inpainting.inspection import format_table, num_cores, open_fault_file, read_all
+    from inpainting.inspection import (
+        format_table,
+        num_cores,
+        open_fault_file,
+        open_index,
+        read_all,
+    )
 
     with _told_in_one_line():
         _check_flags(args)
@@ -140,7 +146,7 @@ def check_data(args: argparse.Namespace) -> int:
         folder = Path(args.output_dir) / "data_check"
         with open_fault_file(folder / "faults.json") as faults:
             logger.info("reading the records")
-            index = _open_index(args, on_problem=faults.log.add_words)
+            index = open_index(args, on_problem=faults.log.add_words)
             readings = read_all(index, num_processes=num_cores())
             bar = tqdm(readings, total=len(index), unit=" pictures", disable=None)
             unreadable = {row: fault for row, fault in bar if fault is not None}
@@ -203,6 +209,7 @@ def _build(args: argparse.Namespace) -> Run | None:
     _quiet_lightning()
     quiet_libraries()
     from inpainting.base import read_base_config
+    from inpainting.inspection import open_training_data
     from model import check_prediction_type
 
     config = read_base_config(args.pretrained_model_name_or_path, base_config=args.base_config)
@@ -224,7 +231,7 @@ def _build(args: argparse.Namespace) -> Run | None:
         run_dir = run_dir_of(checkpoint_path)
         if run_dir is not None and is_first_process() and not args.dry_run:
             lock_run_dir(run_dir)
-    index, unreadable_rows = _read_index(args)
+    index, unreadable_rows = open_training_data(args)
     if args.dry_run:
         _print_dry_run(args, config=config, num_images=len(index))
         return None
@@ -263,54 +270,6 @@ def _quiet_lightning() -> None:
 
     for name in ("pytorch_lightning", "lightning_fabric", "pytorch_lightning.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _open_index(
-    args: argparse.Namespace, *, on_problem: Callable[[str, str], None] | None = None
-) -> CocoIndex:
-    """Read the records, from the cache where it is up to date."""
-    from inpainting.coco import CocoIndex
-
-    image_dir, cache = Path(args.image_dir), cache_dir() / "index"
-    caption_file = Path(args.caption_file) if args.caption_file else None
-    if args.ann_file:
-        return CocoIndex.from_annotations(
-            image_dir, ann_file=Path(args.ann_file), caption_file=caption_file, cache_dir=cache,
-            on_problem=on_problem,
-        )  # fmt: skip
-    return CocoIndex.from_folder(
-        image_dir, caption_file=caption_file, cache_dir=cache, on_problem=on_problem
-    )
-
-
-def _read_index(args: argparse.Namespace) -> tuple[CocoIndex, list[int]]:
-    """Read the records and try some pictures; say what was left out, and refuse too much of it.
-
-    Returns:
-        The index, and those of its rows whose pictures can't be read.
-    """
-    from inpainting.inspection import check_bad_rows, try_pictures
-
-    index = _open_index(args)
-    for kind, problem in index.problems.items():
-        logger.warning(
-            "warning: %d left out: %s (%s)", problem.count, kind, ", ".join(problem.examples)
-        )
-    unreadable = try_pictures(index)
-    for _, words in unreadable.values():
-        logger.warning("left out: %s", words)
-    check_bad_rows(
-        index,
-        unreadable=unreadable,
-        max_bad_fraction=args.max_bad_fraction,
-        is_strict=args.strict_data,
-    )
-    if len(index) < 2 and args.val_split > 0:
-        raise ValueError(
-            f"--image_dir must hold at least two pictures to split, got {len(index)}. "
-            "Add pictures, or set --val_split 0."
-        )
-    return index, list(unreadable)
 
 
 def _print_dry_run(args: argparse.Namespace, *, config: BaseConfig, num_images: int) -> None:
@@ -357,8 +316,7 @@ def train(run: Run) -> int:
         # Lightning's launcher kills the first process as soon as another one's code isn't 0.
         return 128 + stopped.signum if run.trainer.local_rank == 0 else 0
     except UnreadablePictureError as error:
-        # From a loader process it comes with that one's traceback: the last line says it.
-        logger.error("error: %s", str(error).splitlines()[-1].rpartition("PictureError: ")[2])
+        logger.error("error: %s", error)
         end_others(run.trainer)
         return 2
     except Exception as error:
