@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,13 +40,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from inpainting.base import BaseConfig
-    from inpainting.coco import CocoIndex
     from lightning_run import Run
 
 logger = logging.getLogger("train_lightning")
-
-CHECKED_IMAGE_SIZE = 512  # of --check, which asks no base for its own
-NUM_CHECKED_SAMPLES = 12
 
 # What a user can cause: one line and exit code 2.
 USER_ERRORS = (
@@ -63,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _end_at_once_on_a_signal()
     try:
         if args.check:
-            return check_data(args)
+            return check(args)
         run = prepare(args)
         return 0 if run is None else train(run)
     except UserError as error:
@@ -123,85 +119,18 @@ def _check_flags(args: argparse.Namespace) -> None:
     check_area_range(*args.mask_area_range)
 
 
-def check_data(args: argparse.Namespace) -> int:
-    """Read every record and every picture, and say what is wrong; returns the exit code.
+def check(args: argparse.Namespace) -> int:
+    """Do what --check asks for; returns the exit code.
 
     Raises:
         UserError: the files can't be what the flags say.
     """
-    from tqdm import tqdm
-
-    from inpainting.coco_records import is_fault
-    from inpainting.inspection import (
-        format_table,
-        num_cores,
-        open_fault_file,
-        open_index,
-        read_all,
-    )
-
     with _told_in_one_line():
         _check_flags(args)
         _name_the_data(args)
-        folder = Path(args.output_dir) / "data_check"
-        with open_fault_file(folder / "faults.json") as faults:
-            logger.info("reading the records")
-            index = open_index(args, on_problem=faults.log.add_words)
-            readings = read_all(index, num_processes=num_cores())
-            bar = tqdm(readings, total=len(index), unit=" pictures", disable=None)
-            unreadable = {row: fault for row, fault in bar if fault is not None}
-            for _, fault in sorted(unreadable.items()):
-                faults.log.add_words(*fault)
-            num_rows = {**index.num_rows_read, "pictures": len(index)}
-            samples = _draw_samples(args, index=index, without=unreadable, folder=folder)
-            faults.finish({"num_rows": num_rows, "samples": samples})
-    kinds = faults.log.kinds
-    print(format_table(kinds, num_rows=num_rows))
-    logger.info("every fault: %s", folder / "faults.json")
-    logger.info("samples as they are trained on: %s", folder / "samples.png")
-    return int(any(map(is_fault, kinds)))
+        from data_check import check_data
 
-
-def _draw_samples(
-    args: argparse.Namespace, *, index: CocoIndex, without: Container[int], folder: Path
-) -> list[dict[str, object]]:
-    """Write the contact sheet, and return which samples it shows."""
-    import numpy as np
-    import torch
-
-    from data import SampleRule, cut_picture
-    from inpainting.atomic import replace_atomically
-    from inpainting.contact_sheet import SheetRow, draw_contact_sheet
-    from inpainting.diffusion import make_conditioning
-
-    size = args.image_size or CHECKED_IMAGE_SIZE
-    rule = SampleRule(
-        image_size=size,
-        latent_shape=(4, size // 8, size // 8),
-        num_train_timesteps=1000,
-        mask_types=args.mask_types,
-        mask_area_range=tuple(args.mask_area_range),
-        empty_prompt_prob=args.empty_prompt_prob,
-        num_crops=args.num_crops,
-        seed=args.seed,
-    )
-    readable = [row for row in range(len(index)) if row not in without]
-    chosen = np.linspace(0, len(readable) - 1, min(NUM_CHECKED_SAMPLES, len(readable)))
-    sheet, samples = [], []
-    for row in (readable[position] for position in chosen.astype(int)):
-        picture, image_id = index.open_picture(row), int(index.image_ids[row])
-        cut = cut_picture(index, row, picture=picture, rule=rule, epoch=0, is_training=True)
-        seen = make_conditioning(
-            torch.from_numpy(cut.image).permute(2, 0, 1)[None],
-            torch.from_numpy(cut.mask)[None, None],
-        )[0].numpy()
-        sheet.append(SheetRow(cut.image, cut.mask, seen, f"id {image_id}", cut.prompt))
-        name = index.image_path(row).relative_to(index.image_dir).as_posix()
-        samples.append({"image_id": image_id, "file_name": name, "prompt": cut.prompt})
-    if sheet:
-        with replace_atomically(folder / "samples.png") as temporary:
-            draw_contact_sheet(sheet).save(temporary, format="PNG")
-    return samples
+        return check_data(args)
 
 
 def _build(args: argparse.Namespace) -> Run | None:
