@@ -15,14 +15,13 @@ import os
 import sys
 from collections.abc import Sequence
 
+from inpainting.arguments import answer
 from inpainting.flags import DEFAULT_BASE, build_parser
 from inpainting.preflight import check_flags, check_image_size, resolve_device
 from inpainting.quiet import quiet_libraries
 from inpainting.runs import is_first_process
 
 logger = logging.getLogger("train_lightning")
-
-USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,16 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
-    try:
-        check_flags(args)
-        fill(args)
-    except USER_ERRORS as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return answer(lambda: fill(args))
 
 
 def fill(args: argparse.Namespace) -> None:
@@ -52,6 +42,7 @@ def fill(args: argparse.Namespace) -> None:
         FileNotFoundError, ValueError: there is nothing to fill, or too much of the data is bad, or
             the cache can't be written to.
     """
+    check_flags(args)
     for name in ("check", "dry_run"):
         if getattr(args, name):
             raise ValueError(
