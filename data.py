@@ -123,17 +123,23 @@ class Cut:
 class UnreadablePictureError(ValueError):
     """A picture can't be read, and none may take its place."""
 
+    def __str__(self) -> str:
+        """Leave out the traceback that an error brings along from a loader process."""
+        return super().__str__().rpartition("UnreadablePictureError: ")[2].strip()
+
 
 class UnreadablePictures:
     """Which pictures turned out to be unreadable: one byte a row that loader processes share.
 
     Args:
         num_rows: of the index.
-        is_error: refuse the first one (--strict_data).
+        known: the rows that are known to be, and have been named.
+        is_error: refuse the first one that isn't known (--strict_data).
     """
 
-    def __init__(self, num_rows: int, *, is_error: bool) -> None:
+    def __init__(self, num_rows: int, *, known: Sequence[int] = (), is_error: bool) -> None:
         self.flags = torch.zeros(num_rows, dtype=torch.uint8).share_memory_()
+        self.flags[list(known)] = 1
         self.is_error = is_error
 
     def __contains__(self, row: int) -> bool:
@@ -150,6 +156,23 @@ class UnreadablePictures:
         if row not in self:
             self.flags[row] = 1
             logger.warning("left out: %s", reason)
+
+    def open_picture(self, index: CocoIndex, row: int) -> Image.Image | None:
+        """Open a picture; None where it can't be read, which is said the first time.
+
+        Raises:
+            UnreadablePictureError: none may be left out.
+            OSError: the machine is out of files or memory.
+        """
+        if row in self:
+            return None
+        try:
+            return _open_patiently(index, row)
+        except (ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+                raise
+            self.add(row, error)
+        return None
 
 
 class CocoInpaintingDataset(Dataset[Sample]):
@@ -206,16 +229,9 @@ class CocoInpaintingDataset(Dataset[Sample]):
         epoch, position = address
         for offset in range(len(self)):
             row = int(self.rows[(position + offset) % len(self)])
-            if row in self.unreadable:
-                continue
-            try:
-                picture = _open_patiently(self.index, row)
-            except (ValueError, OSError) as error:
-                if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
-                    raise
-                self.unreadable.add(row, error)
-                continue
-            return self._build_sample(row, picture=picture, epoch=epoch)
+            picture = self.unreadable.open_picture(self.index, row)
+            if picture is not None:
+                return self._build_sample(row, picture=picture, epoch=epoch)
         raise UnreadablePictureError(
             "at least one picture must be readable, got none: see the lines above."
         )
@@ -342,7 +358,7 @@ class MissingViews(Dataset[list[tuple[Slot, Tensor]]]):
     """What a MomentsCache lacks of a training's pictures, for tools.cache_latents.
 
     Each item is one picture's missing views, as slots and (3, H, W) uint8 pictures; a picture that
-    can't be read has none, and is named.
+    can't be read has none.
 
     Args:
         index: the COCO records.
@@ -350,6 +366,7 @@ class MissingViews(Dataset[list[tuple[Slot, Tensor]]]):
         val_rows: the rows that validate: their centres are.
         rule: what a sample looks like.
         cache: what is filled.
+        unreadable: what was found at the start.
     """
 
     def __init__(
@@ -360,22 +377,22 @@ class MissingViews(Dataset[list[tuple[Slot, Tensor]]]):
         val_rows: np.ndarray,
         rule: SampleRule,
         cache: MomentsCache,
+        unreadable: UnreadablePictures,
     ) -> None:
         self.index = index
         self.rows = np.concatenate([train_rows, val_rows])
         self.num_train = len(train_rows)
         self.rule = rule
         self.cache = cache
+        self.unreadable = unreadable
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, position: int) -> list[tuple[Slot, Tensor]]:
         row = int(self.rows[position])
-        try:
-            picture = self.index.open_picture(row)
-        except (ValueError, OSError) as error:
-            logger.warning("left out: %s", error)
+        picture = self.unreadable.open_picture(self.index, row)
+        if picture is None:
             return []
         image_id, missing = int(self.index.image_ids[row]), []
         for view in self.rule.views if position < self.num_train else (CENTRE_VIEW,):

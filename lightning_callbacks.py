@@ -131,6 +131,7 @@ class AverageWeights(pl.Callback):
         assert isinstance(pl_module, InpaintingControlNet)
         if trainer.global_step != self._step:
             self._step = trainer.global_step
+            pl_module.judge_deepspeeds_step()
             pl_module.update_average(num_steps=self._step)
 
 

@@ -108,15 +108,14 @@ class EndTogether(pl.Callback):
             os._exit(code)
         if self.is_ending:
             time.sleep(2 * PATIENCE_S)  # it ends by itself, or hangs
-        else:
+        elif code < 0:  # otherwise it has said why
             print(flush=True)  # the bar's line ends here
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed ({code})"
             logger.error(
-                "error: process %d of this run %s. To go on: --resume_from_checkpoint last",
-                process.pid, how,
+                "error: process %d of this run was killed by %s. To go on: "
+                "--resume_from_checkpoint last", process.pid, signal.Signals(-code).name,
             )  # fmt: skip
         end_others(trainer)
-        os._exit(1)
+        os._exit(max(code, 1))
 
 
 def _end_with(parent: int) -> None:

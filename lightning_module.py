@@ -14,7 +14,6 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from data import Sample
 from inpainting.diffusion import (
@@ -166,7 +165,11 @@ class InpaintingControlNet(pl.LightningModule):
             group["weight_decay"] = self.adam_weight_decay
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Count DeepSpeed's steps: it leaves bad ones out by itself, and tells it afterwards."""
+        """Count DeepSpeed's steps, where the average's callback hasn't."""
+        self.judge_deepspeeds_step()
+
+    def judge_deepspeeds_step(self) -> None:
+        """Count DeepSpeed's last step, once: it leaves bad ones out by itself and tells later."""
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             num_skipped = self._count_skipped()
             if self.trainer.global_step != self._num_steps:
@@ -350,7 +353,7 @@ class InpaintingControlNet(pl.LightningModule):
         self.finite_steps.leave_out(optimizer, grad_norm=self._grad_norm)
 
     def update_average(self, *, num_steps: int) -> None:
-        """Move the average towards the parameters after an optimizer step.
+        """Move the average towards the parameters after an optimizer step that wasn't left out.
 
         The decay grows from 0.1, so that the first steps don't linger: Source: diffusers'
         EMAModel, min(decay, (1 + n) / (10 + n)).
@@ -361,8 +364,12 @@ class InpaintingControlNet(pl.LightningModule):
         assert self.average is not None
         assert self.ema_decay is not None
         decay = min(self.ema_decay, (1 + num_steps) / (10 + num_steps))
-        current = [parameter.detach().float() for parameter in self.controlnet.parameters()]
-        get_ema_multi_avg_fn(decay)(list(self.average.parameters()), current, num_steps)
+        # Decided on the device: a weight of 0 keeps every bit, and another one's bits are those
+        # of a plain number.
+        weight = torch.where(self.finite_steps.is_bad, 0.0, 1 - decay)
+        pairs = zip(self.average.parameters(), self.controlnet.parameters(), strict=True)
+        for average, parameter in pairs:
+            average.lerp_(parameter.detach().float(), weight)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the average and each rank's running sums; every rank takes part."""

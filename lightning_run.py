@@ -104,8 +104,7 @@ def assemble(
     rule = sample_rule(args, base=base)
     moments_cache = open_moments_cache(args, base=base, index=index)
     position = ResumePosition()
-    unreadable = UnreadablePictures(len(index), is_error=args.strict_data)
-    unreadable.flags[list(unreadable_rows)] = 1
+    unreadable = UnreadablePictures(len(index), known=unreadable_rows, is_error=args.strict_data)
     datamodule = InpaintingDataModule(
         index,
         tokenizer=base.tokenizer,

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,13 +40,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from inpainting.base import BaseConfig
-    from inpainting.coco import CocoIndex
     from lightning_run import Run
 
 logger = logging.getLogger("train_lightning")
-
-CHECKED_IMAGE_SIZE = 512  # of --check, which asks no base for its own
-NUM_CHECKED_SAMPLES = 12
 
 # What a user can cause: one line and exit code 2.
 USER_ERRORS = (
@@ -63,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _end_at_once_on_a_signal()
     try:
         if args.check:
-            return check_data(args)
+            return check(args)
         run = prepare(args)
         return 0 if run is None else train(run)
     except UserError as error:
@@ -123,79 +119,18 @@ def _check_flags(args: argparse.Namespace) -> None:
     check_area_range(*args.mask_area_range)
 
 
-def check_data(args: argparse.Namespace) -> int:
-    """Read every record and every picture, and say what is wrong; returns the exit code.
+def check(args: argparse.Namespace) -> int:
+    """Do what --check asks for; returns the exit code.
 
     Raises:
         UserError: the files can't be what the flags say.
     """
-    from tqdm import tqdm
-
-    from inpainting.coco_records import is_fault
-    from inpainting.inspection import format_table, num_cores, open_fault_file, read_all
-
     with _told_in_one_line():
         _check_flags(args)
         _name_the_data(args)
-        folder = Path(args.output_dir) / "data_check"
-        with open_fault_file(folder / "faults.json") as faults:
-            logger.info("reading the records")
-            index = _open_index(args, on_problem=faults.log.add_words)
-            readings = read_all(index, num_processes=num_cores())
-            bar = tqdm(readings, total=len(index), unit=" pictures", disable=None)
-            unreadable = {row: fault for row, fault in bar if fault is not None}
-            for _, fault in sorted(unreadable.items()):
-                faults.log.add_words(*fault)
-            num_rows = {**index.num_rows_read, "pictures": len(index)}
-            samples = _draw_samples(args, index=index, without=unreadable, folder=folder)
-            faults.finish({"num_rows": num_rows, "samples": samples})
-    kinds = faults.log.kinds
-    print(format_table(kinds, num_rows=num_rows))
-    logger.info("every fault: %s", folder / "faults.json")
-    logger.info("samples as they are trained on: %s", folder / "samples.png")
-    return int(any(map(is_fault, kinds)))
+        from data_check import check_data
 
-
-def _draw_samples(
-    args: argparse.Namespace, *, index: CocoIndex, without: Container[int], folder: Path
-) -> list[dict[str, object]]:
-    """Write the contact sheet, and return which samples it shows."""
-    import numpy as np
-    import torch
-
-    from data import SampleRule, cut_picture
-    from inpainting.atomic import replace_atomically
-    from inpainting.contact_sheet import SheetRow, draw_contact_sheet
-    from inpainting.diffusion import make_conditioning
-
-    size = args.image_size or CHECKED_IMAGE_SIZE
-    rule = SampleRule(
-        image_size=size,
-        latent_shape=(4, size // 8, size // 8),
-        num_train_timesteps=1000,
-        mask_types=args.mask_types,
-        mask_area_range=tuple(args.mask_area_range),
-        empty_prompt_prob=args.empty_prompt_prob,
-        num_crops=args.num_crops,
-        seed=args.seed,
-    )
-    readable = [row for row in range(len(index)) if row not in without]
-    chosen = np.linspace(0, len(readable) - 1, min(NUM_CHECKED_SAMPLES, len(readable)))
-    sheet, samples = [], []
-    for row in (readable[position] for position in chosen.astype(int)):
-        picture, image_id = index.open_picture(row), int(index.image_ids[row])
-        cut = cut_picture(index, row, picture=picture, rule=rule, epoch=0, is_training=True)
-        seen = make_conditioning(
-            torch.from_numpy(cut.image).permute(2, 0, 1)[None],
-            torch.from_numpy(cut.mask)[None, None],
-        )[0].numpy()
-        sheet.append(SheetRow(cut.image, cut.mask, seen, f"id {image_id}", cut.prompt))
-        name = index.image_path(row).relative_to(index.image_dir).as_posix()
-        samples.append({"image_id": image_id, "file_name": name, "prompt": cut.prompt})
-    if sheet:
-        with replace_atomically(folder / "samples.png") as temporary:
-            draw_contact_sheet(sheet).save(temporary, format="PNG")
-    return samples
+        return check_data(args)
 
 
 def _build(args: argparse.Namespace) -> Run | None:
@@ -203,6 +138,7 @@ def _build(args: argparse.Namespace) -> Run | None:
     _quiet_lightning()
     quiet_libraries()
     from inpainting.base import read_base_config
+    from inpainting.inspection import open_training_data
     from model import check_prediction_type
 
     config = read_base_config(args.pretrained_model_name_or_path, base_config=args.base_config)
@@ -224,7 +160,7 @@ def _build(args: argparse.Namespace) -> Run | None:
         run_dir = run_dir_of(checkpoint_path)
         if run_dir is not None and is_first_process() and not args.dry_run:
             lock_run_dir(run_dir)
-    index, unreadable_rows = _read_index(args)
+    index, unreadable_rows = open_training_data(args)
     if args.dry_run:
         _print_dry_run(args, config=config, num_images=len(index))
         return None
@@ -263,54 +199,6 @@ def _quiet_lightning() -> None:
 
     for name in ("pytorch_lightning", "lightning_fabric", "pytorch_lightning.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _open_index(
-    args: argparse.Namespace, *, on_problem: Callable[[str, str], None] | None = None
-) -> CocoIndex:
-    """Read the records, from the cache where it is up to date."""
-    from inpainting.coco import CocoIndex
-
-    image_dir, cache = Path(args.image_dir), cache_dir() / "index"
-    caption_file = Path(args.caption_file) if args.caption_file else None
-    if args.ann_file:
-        return CocoIndex.from_annotations(
-            image_dir, ann_file=Path(args.ann_file), caption_file=caption_file, cache_dir=cache,
-            on_problem=on_problem,
-        )  # fmt: skip
-    return CocoIndex.from_folder(
-        image_dir, caption_file=caption_file, cache_dir=cache, on_problem=on_problem
-    )
-
-
-def _read_index(args: argparse.Namespace) -> tuple[CocoIndex, list[int]]:
-    """Read the records and try some pictures; say what was left out, and refuse too much of it.
-
-    Returns:
-        The index, and those of its rows whose pictures can't be read.
-    """
-    from inpainting.inspection import check_bad_rows, try_pictures
-
-    index = _open_index(args)
-    for kind, problem in index.problems.items():
-        logger.warning(
-            "warning: %d left out: %s (%s)", problem.count, kind, ", ".join(problem.examples)
-        )
-    unreadable = try_pictures(index)
-    for _, words in unreadable.values():
-        logger.warning("left out: %s", words)
-    check_bad_rows(
-        index,
-        unreadable=unreadable,
-        max_bad_fraction=args.max_bad_fraction,
-        is_strict=args.strict_data,
-    )
-    if len(index) < 2 and args.val_split > 0:
-        raise ValueError(
-            f"--image_dir must hold at least two pictures to split, got {len(index)}. "
-            "Add pictures, or set --val_split 0."
-        )
-    return index, list(unreadable)
 
 
 def _print_dry_run(args: argparse.Namespace, *, config: BaseConfig, num_images: int) -> None:
@@ -357,8 +245,7 @@ def train(run: Run) -> int:
         # Lightning's launcher kills the first process as soon as another one's code isn't 0.
         return 128 + stopped.signum if run.trainer.local_rank == 0 else 0
     except UnreadablePictureError as error:
-        # From a loader process it comes with that one's traceback: the last line says it.
-        logger.error("error: %s", str(error).splitlines()[-1].rpartition("PictureError: ")[2])
+        logger.error("error: %s", error)
         end_others(run.trainer)
         return 2
     except Exception as error:

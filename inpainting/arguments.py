@@ -1,8 +1,10 @@
-"""How a command answers a mistake in its arguments: in one line, with exit code 2."""
+"""How a command answers what its user can cause: in one line, and by its exit code."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 
@@ -10,15 +12,32 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse would print every flag first.
 
     Attributes:
-        speaker: what the line begins with; None for the command's name.
+        speaker: what the line begins with.
     """
 
-    speaker: str | None = None
+    speaker = "error"
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2."""
         flag, _, words = message.partition(": ")
         if words.startswith(flag.removeprefix("argument ") + " "):
             message = words  # it names the flag itself
-        speaker = self.speaker or self.prog
-        self.exit(2, f"{speaker}: {message.rstrip('.')}. --help shows every flag.\n")
+        self.exit(2, f"{self.speaker}: {message.rstrip('.')}. --help shows every flag.\n")
+
+
+def answer(work: Callable[[], None]) -> int:
+    """Do a tool's work.
+
+    Returns:
+        The exit code: 0; 2 where the user can put it right, which is said in one line; 130 after
+        Ctrl-C.
+    """
+    try:
+        work()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped. To go on: the same command again", file=sys.stderr)
+        return 130
+    return 0

@@ -1,7 +1,8 @@
 """Optimizer steps whose loss or gradient is NaN or infinite are left out, decided on the device.
 
-Parameters, Adam's state and its count of steps stay as they were, on all ranks alike. Nothing waits
-for the device until `check` is asked, at log points: a few such steps in a row end the run there.
+Parameters, their average, Adam's state and its count of steps stay as they were, on all ranks
+alike. Nothing waits for the device until `check` is asked, at log points: a few such steps in a row
+end the run there.
 
 A loss that isn't finite is made to spoil every gradient of its step. So the norm of all gradients,
 which is computed for clipping and is the same on all ranks, tells everything.
@@ -31,16 +32,21 @@ class FiniteSteps:
 
     Args:
         has_loss_scaler: a GradScaler scales the loss (fp16). It leaves steps out by itself.
+
+    Attributes:
+        is_bad: () bool on the device, whether the last step was left out.
     """
 
     def __init__(self, *, has_loss_scaler: bool) -> None:
         self.has_loss_scaler = has_loss_scaler
+        self.is_bad = torch.tensor(False)
         self._counts = torch.zeros(2, dtype=torch.int64)  # left out: in a row, since the last check
         self._step: list[tuple[Tensor, Tensor]] = []
         self._steps: deque[list[tuple[Tensor, Tensor]]] = deque(maxlen=NUM_IN_A_ROW)
 
     def to(self, device: torch.device) -> None:
         """Count on the device."""
+        self.is_bad = self.is_bad.to(device)
         self._counts = self._counts.to(device)
 
     def watch(self, losses: Tensor, *, image_ids: Tensor) -> Tensor:
@@ -66,12 +72,12 @@ class FiniteSteps:
         Args:
             grad_norm: () the norm of all gradients, over all ranks.
         """
-        is_bad = ~grad_norm.isfinite()
-        in_a_row = torch.where(is_bad, self._counts[0] + 1, 0)
-        self._counts = torch.stack([in_a_row, self._counts[1] + is_bad])
+        self.is_bad = ~grad_norm.isfinite()
+        in_a_row = torch.where(self.is_bad, self._counts[0] + 1, 0)
+        self._counts = torch.stack([in_a_row, self._counts[1] + self.is_bad])
         self._steps.append(self._step)
         self._step = []
-        return is_bad.float()
+        return self.is_bad.float()
 
     def leave_out(self, optimizer: torch.optim.Optimizer, *, grad_norm: Tensor) -> None:
         """Count a step, and keep the optimizer from it where its gradients aren't finite.

@@ -23,8 +23,6 @@ LR_SCHEDULERS = (
 class ArgumentParser(OneLineParser):
     """Reads arguments from an @file as a shell would: many a line, quotes, # comments."""
 
-    speaker = "error"
-
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """Split one line of the file."""
         return shlex.split(arg_line, comments=True)

@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Fill the holes of pictures with a trained ControlNet.",
         allow_abbrev=False,
     )
+    parser.speaker = parser.prog
     _add_data_flags(parser.add_argument_group("data"))
     _add_model_flags(parser.add_argument_group("model"))
     _add_sampling_flags(parser.add_argument_group("sampling"))

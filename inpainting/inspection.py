@@ -1,7 +1,7 @@
 """Which pictures can be read, and how many bad rows a run may have.
 
-A start tries some of the pictures; --check reads all of them, on all cores, and writes down every
-fault that it finds in records and pictures.
+A start opens the index and tries some of the pictures; --check reads all of them, on all cores, and
+writes down every fault that it finds in records and pictures.
 
 Terms: a *fault* is a row that is left out, or a picture that can't be read. Its *kind* says what
 must hold, "images: the file must ...", its *words* which row it is and what came instead.
@@ -9,11 +9,13 @@ must hold, "images: the file must ...", its *words* which row it is and what cam
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -24,11 +26,73 @@ import numpy as np
 from inpainting.atomic import replace_atomically
 from inpainting.coco import CocoIndex
 from inpainting.coco_records import Problem, ProblemLog, is_fault
+from inpainting.runs import cache_dir, is_first_process
+
+logger = logging.getLogger(__name__)
 
 NUM_TRIED = 512  # pictures at each start: two or three seconds
 PICTURES = "pictures"  # the table of the files, beside those of the json files
 CRASHED = f"{PICTURES}: a file must not crash its decoder"
 _SHOWN_CHARACTERS = 200  # of an example in the table
+
+
+def open_index(
+    args: argparse.Namespace, *, on_problem: Callable[[str, str], None] | None = None
+) -> CocoIndex:
+    """Read the records that the flags name, from the cache where it is up to date.
+
+    Args:
+        args: image_dir, ann_file and caption_file are looked at.
+        on_problem: as `CocoIndex.from_annotations` takes it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `CocoIndex.from_annotations`.
+    """
+    image_dir, cache = Path(args.image_dir), cache_dir() / "index"
+    caption_file = Path(args.caption_file) if args.caption_file else None
+    if args.ann_file:
+        return CocoIndex.from_annotations(
+            image_dir, ann_file=Path(args.ann_file), caption_file=caption_file, cache_dir=cache,
+            on_problem=on_problem,
+        )  # fmt: skip
+    return CocoIndex.from_folder(
+        image_dir, caption_file=caption_file, cache_dir=cache, on_problem=on_problem
+    )
+
+
+def open_training_data(args: argparse.Namespace) -> tuple[CocoIndex, list[int]]:
+    """Read the records and try some pictures; say what is left out, and refuse too much of it.
+
+    Args:
+        args: what `open_index` looks at, and val_split, max_bad_fraction, strict_data.
+
+    Returns:
+        The index, and those of its rows whose pictures can't be read.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_index` and `check_bad_rows`, or there is nothing
+            to split.
+    """
+    index = open_index(args)
+    unreadable = try_pictures(index)
+    if is_first_process():
+        for kind, problem in index.problems.items():
+            examples = ", ".join(problem.examples)
+            logger.warning("warning: %d left out: %s (%s)", problem.count, kind, examples)
+        for _, words in unreadable.values():
+            logger.warning("left out: %s", words)
+    check_bad_rows(
+        index,
+        unreadable=unreadable,
+        max_bad_fraction=args.max_bad_fraction,
+        is_strict=args.strict_data,
+    )
+    if len(index) < 2 and args.val_split > 0:
+        raise ValueError(
+            f"--image_dir must hold at least two pictures to split, got {len(index)}. "
+            "Add pictures, or set --val_split 0."
+        )
+    return index, list(unreadable)
 
 
 def picture_fault(index: CocoIndex, row: int) -> tuple[str, str] | None:

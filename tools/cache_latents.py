@@ -14,20 +14,14 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
+from inpainting.arguments import answer
 from inpainting.flags import DEFAULT_BASE, build_parser
 from inpainting.preflight import check_flags, check_image_size, resolve_device
 from inpainting.quiet import quiet_libraries
-from inpainting.runs import cache_dir, is_first_process
-
-if TYPE_CHECKING:
-    from inpainting.coco import CocoIndex
+from inpainting.runs import is_first_process
 
 logger = logging.getLogger("train_lightning")
-
-USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,40 +32,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
-    try:
-        check_flags(args)
-        fill(args)
-    except USER_ERRORS as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return answer(lambda: fill(args))
 
 
 def fill(args: argparse.Namespace) -> None:
     """Encode every view that the training of these flags will ask for and the cache lacks.
 
     Raises:
-        ValueError: there is nothing to fill, or the cache can't be written to.
+        FileNotFoundError, ValueError: there is nothing to fill, or too much of the data is bad, or
+            the cache can't be written to.
     """
+    check_flags(args)
+    for name in ("check", "dry_run"):
+        if getattr(args, name):
+            raise ValueError(
+                f"--{name} must be asked of train_lightning.py, got it here. Drop the flag."
+            )
     if args.image_dir is None:
         raise ValueError(
             "--image_dir must name the training's pictures, got none. Name the folder."
         )
     if args.cache_latents == "off":
         raise ValueError("--cache_latents must be auto or a folder, got off. Drop the flag.")
-    index = _resolve(args)
+    _resolve(args)
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    from data import MissingViews
+    from data import MissingViews, UnreadablePictures
+    from inpainting.inspection import open_training_data
     from lightning_data import split_rows
     from lightning_module import FROZEN_DTYPES
     from lightning_run import describe_moments_cache, open_moments_cache, sample_rule
     from model import load_base
 
+    index, unreadable_rows = open_training_data(args)
     base = load_base(args.pretrained_model_name_or_path, base_config=args.base_config)
     cache = open_moments_cache(args, base=base, index=index)
     assert cache is not None
@@ -81,7 +75,14 @@ def fill(args: argparse.Namespace) -> None:
     describe_moments_cache(cache, num_slots=num_slots)
     device = _device(args)
     base.vae.to(device=device, dtype=FROZEN_DTYPES[args.precision][1])  # type: ignore[call-arg]
-    missing = MissingViews(index, train_rows=train_rows, val_rows=val_rows, rule=rule, cache=cache)
+    missing = MissingViews(
+        index,
+        train_rows=train_rows,
+        val_rows=val_rows,
+        rule=rule,
+        cache=cache,
+        unreadable=UnreadablePictures(len(index), known=unreadable_rows, is_error=args.strict_data),
+    )
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     loader = DataLoader(
         missing,
@@ -100,25 +101,16 @@ def fill(args: argparse.Namespace) -> None:
     logger.info("latents: %.2f GB are there: %s", cache.stored_bytes() / 1e9, cache.folder)
 
 
-def _resolve(args: argparse.Namespace) -> CocoIndex:
-    """Choose what the flags leave open, as the training does, and read the index."""
+def _resolve(args: argparse.Namespace) -> None:
+    """Choose what the flags leave open, as the training does."""
     quiet_libraries()
     from inpainting.base import read_base_config
-    from inpainting.coco import CocoIndex
 
     args.pretrained_model_name_or_path = args.pretrained_model_name_or_path or DEFAULT_BASE
     config = read_base_config(args.pretrained_model_name_or_path, base_config=args.base_config)
     args.image_size = args.image_size or config.image_size
     check_image_size(args.image_size, config=config)
     resolve_device(args)
-    image_dir, index_cache = Path(args.image_dir), cache_dir() / "index"
-    caption_file = Path(args.caption_file) if args.caption_file else None
-    if args.ann_file:
-        return CocoIndex.from_annotations(
-            image_dir, ann_file=Path(args.ann_file), caption_file=caption_file,
-            cache_dir=index_cache,
-        )  # fmt: skip
-    return CocoIndex.from_folder(image_dir, caption_file=caption_file, cache_dir=index_cache)
 
 
 def _device(args: argparse.Namespace) -> str:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from inpainting.arguments import OneLineParser, answer
 from inpainting.benchmark_holes import HOLE_KINDS
 from inpainting.infer_flags import PRECISIONS, PREDICTION_TYPES, SCHEDULERS
 from inpainting.quiet import quiet_libraries
@@ -35,28 +36,18 @@ Candidate = Callable[["Case"], "dict[str, list[np.ndarray]]"]
 
 GREY = 127  # what stands in the hole of a picture that is given away
 NUM_SHEET_ROWS = 8
-USER_ERRORS = (ValueError, OSError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
-        check_flags(args)
-        evaluate(args)
-    except USER_ERRORS as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on in {args.output_dir}", file=sys.stderr)
-        return 130
-    return 0
+    return answer(lambda: evaluate(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m tools.evaluate", allow_abbrev=False, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -116,6 +107,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Fill, score, and write the table, results.json, results.md and the sheets."""
+    check_flags(args)
     quiet_libraries()
     from tqdm import tqdm
 

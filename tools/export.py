@@ -15,7 +15,9 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+from inpainting.arguments import OneLineParser, answer
 
 if TYPE_CHECKING:  # torch takes seconds to import: not before the arguments are known to be good
     import torch
@@ -26,15 +28,9 @@ VERSION_OF_TEXT_WIDTH = {768: "sd15", 1024: "sd21"}
 FP16_MAX = 65504.0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Exit with one line; argparse would print the usage before it."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's flags."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python -m tools.export",
         description="Export a trained ControlNet for ComfyUI, A1111, IOPaint and diffusers.",
         allow_abbrev=False,
@@ -139,22 +135,22 @@ def _base_name(weights: Mapping[str, Tensor], recorded: str | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
+    return answer(lambda: _export(args))
+
+
+def _export(args: argparse.Namespace) -> None:
+    """Check the arguments, export, and say where."""
     if not args.run.exists():
-        parser.error(
+        raise FileNotFoundError(
             f"RUN must be a run folder, a final_model folder or a weight file that "
             f"exists, got {args.run}. Check the path."
         )
     output_dir = args.output_dir or (args.run if args.run.is_dir() else args.run.parent)
     if output_dir.exists() and not output_dir.is_dir():
-        parser.error(f"--output_dir must be a folder, got the file {output_dir}. Name another.")
-    try:
-        target = export(args.run, format=args.format, dtype=args.dtype, output_dir=output_dir)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+        raise ValueError(f"--output_dir must be a folder, got the file {output_dir}. Name another.")
+    target = export(args.run, format=args.format, dtype=args.dtype, output_dir=output_dir)
     print(f"wrote {target}")
-    return 0
 
 
 if __name__ == "__main__":

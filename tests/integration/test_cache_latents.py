@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
 from tests.commands import Death, Fault, run, run_typed
 from tests.integration.test_resume import FORWARD, RESUME, assert_same_run
 
@@ -137,12 +138,58 @@ def test_the_cache_filled_ahead_is_the_one_that_training_fills(
     ("extra", "message"),
     [
         (["--cache_latents", "off"], "--cache_latents must be auto or a folder, got off"),
+        (["--check"], "--check must be asked of train_lightning.py"),
+        (["--dry_run"], "--dry_run must be asked of train_lightning.py"),
         (["--num_crops", "0"], "--num_crops must be at least 1, got 0"),
         (["--cache_latents", __file__], "--cache_latents must be a folder, got the file"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(flags: list[str], extra, message: str) -> None:
     code, _, stderr = run_typed(["-m", "tools.cache_latents", *flags, *extra])
+    assert code == 2, stderr
+    assert stderr.startswith(f"error: {message}"), stderr
+    assert len(stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def spoilt(flags: list[str], tmp_path: Path) -> list[object]:
+    """The command over a folder of which one picture is bad, and another one goes bad later."""
+    folder = Path(shutil.copytree(tiny.coco_folder() / "images", tmp_path / "images"))
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    at_start, later = sorted(folder.iterdir())[3:5]
+    at_start.write_bytes(b"")
+    code = (
+        "import pathlib, sys\n"
+        "from inpainting import inspection\n"
+        "from tools import cache_latents\n"
+        "tried = inspection.try_pictures\n"
+        "def spoil(index):\n"
+        "    result = tried(index)\n"
+        f"    pathlib.Path({str(later)!r}).write_bytes(b'')\n"
+        "    return result\n"
+        "inspection.try_pictures = spoil\n"
+        "sys.exit(cache_latents.main(sys.argv[1:]))\n"
+    )
+    return ["-c", code, *flags, "--image_dir", folder, "--cache_latents", tmp_path / "latents"]
+
+
+def test_an_unreadable_picture_is_left_out_and_named_once(spoilt: list[object]) -> None:
+    code, stdout, stderr = run_typed([*spoilt, "--max_bad_fraction", "0.2", "--num_workers", "2"])
+    assert code == 0, stdout + stderr
+    assert (stdout + stderr).count("left out: ") == 2, stdout + stderr
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([], "at most 0.01 of the pictures may be bad, got 1 of 12"),
+        (["--strict_data"], "--strict_data: every row must be sound, got 1 of 12"),
+    ],
+    ids=["too much", "strict"],
+)
+def test_bad_data_is_refused_as_training_does(spoilt: list[object], extra, message: str) -> None:
+    code, _, stderr = run_typed([*spoilt, *extra])
     assert code == 2, stderr
     assert stderr.startswith(f"error: {message}"), stderr
     assert len(stderr.splitlines()) == 1

@@ -304,7 +304,9 @@ def test_file_names_that_lead_elsewhere_are_refused_as_text(dataset: Dataset, up
 def test_an_absolute_file_name_is_refused(dataset: Dataset) -> None:
     content = instances()
     content["images"][0]["file_name"] = str(dataset.image_dir / "b.jpg")
-    assert dataset.index(content).image_ids.tolist() == [4]
+    index = dataset.index(content)
+    assert index.image_ids.tolist() == [4]
+    assert 'images: "file_name" must be a relative path below --image_dir' in index.problems
 
 
 @pytest.mark.parametrize(

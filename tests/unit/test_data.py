@@ -15,7 +15,13 @@ import torch
 from PIL import Image
 
 import data
-from data import CocoInpaintingDataset, Sample, UnreadablePictureError
+from data import (
+    CocoInpaintingDataset,
+    MissingViews,
+    Sample,
+    UnreadablePictureError,
+    UnreadablePictures,
+)
 from inpainting.coco import CocoIndex
 from inpainting.latents import NO_SLOT, MomentsCache, Slot
 from inpainting.masks import dilate
@@ -396,6 +402,49 @@ def test_a_machine_without_free_files_leaves_no_picture_out(index, monkeypatch) 
         dataset[0, 3]
     assert disk.pauses == []
     assert dataset[0, 3]["image_id"] == index.image_ids[3]
+
+
+def missing_views(index: CocoIndex, folder: Path, *, is_error: bool = False) -> MissingViews:
+    rule = tiny.rule()
+    channels, *sides = rule.latent_shape
+    cache = MomentsCache(
+        folder, image_ids=index.image_ids, moments_shape=(2 * channels, sides[0], sides[1])
+    )
+    return MissingViews(
+        index,
+        train_rows=np.arange(len(index)),
+        val_rows=np.arange(0),
+        rule=rule,
+        cache=cache,
+        unreadable=UnreadablePictures(len(index), known=[2], is_error=is_error),
+    )
+
+
+def test_missing_views_wait_for_a_disk_that_stumbles(index, monkeypatch, tmp_path) -> None:
+    disk = FailingDisk(monkeypatch, number=errno.EIO, times=2)
+    assert len(missing_views(index, tmp_path)[3]) == len(tiny.rule().views)
+    assert disk.pauses == [1.0, 5.0]
+
+
+def test_an_unreadable_picture_has_no_missing_views_and_is_named_once(
+    index, monkeypatch, tmp_path, caplog
+) -> None:
+    views = missing_views(index, tmp_path)
+    FailingDisk(monkeypatch, number=errno.EIO, times=10)
+    assert [views[2], views[3], views[3]] == [[], [], []]
+    assert caplog.text.count("left out: ") == 1, "the second one was named at the start"
+
+
+def test_an_error_from_a_loader_process_is_told_without_its_traceback(
+    index, monkeypatch, tmp_path
+) -> None:
+    FailingDisk(monkeypatch, number=errno.ENOENT, times=10)
+    views = missing_views(index, tmp_path, is_error=True)
+    loader = torch.utils.data.DataLoader(views, batch_size=None, sampler=[3], num_workers=1)
+    with pytest.raises(UnreadablePictureError) as caught:
+        list(loader)
+    path = str(index.image_path(3))
+    assert str(caught.value) == f"--strict_data: [Errno 2] the disk says no: {path!r}"
 
 
 def test_one_of_our_own_faults_is_no_unreadable_picture(index, monkeypatch) -> None:

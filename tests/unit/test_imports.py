@@ -23,6 +23,7 @@ _LIGHTNING = {
 ALLOWED: dict[str, set[str]] = {
     "inpainting": set(),
     "data": _PARTS,
+    "data_check": _PARTS | {"data"},
     "model": _PARTS,
     "lightning_data": _PARTS | {"data"},
     "lightning_module": _PARTS | {"data", "model"},
@@ -33,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     | _MEETING
     | {"lightning_callbacks", "lightning_checkpoints", "lightning_faults"},
     "lightning_run": _PARTS | _MEETING | {"lightning_trainer", "lightning_checkpoints"},
-    "train_lightning": _PARTS | {"data", "model", "demo"} | _LIGHTNING,
+    "train_lightning": _PARTS | {"data", "data_check", "model", "demo"} | _LIGHTNING,
     "pipeline": _PARTS | {"model"},
     "infer": _PARTS | {"model", "pipeline", "demo"},
     "tools": _PARTS | {"data", "model", "pipeline", "demo"} | _LIGHTNING,
