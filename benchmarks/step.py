@@ -198,7 +198,9 @@ def build_project(
         lr_warmup_steps=0, snr_gamma=None, ema_decay=None, precision=precision,
         gradient_checkpointing=gradient_checkpointing, use_8bit_adam=use_8bit_adam,
         moments_cache=None,
-    ).to(device)  # fmt: skip
+    )  # fmt: skip
+    if module.device != device:  # Lightning's record of where the networks are already
+        module.to(device)
     module.loss_sums = module.loss_sums.to(device)
     module.finite_steps.to(device)
     return Project(module, batches)

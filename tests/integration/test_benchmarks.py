@@ -108,7 +108,19 @@ def test_what_is_saved_is_counted_once_and_without_parameters() -> None:
     with memory.count_saved([layer]) as saved:
         y = layer(x)
         (y * y).sum()  # y twice, x, the weight
-    assert sum(saved.values()) == 2 * 8 * 4 * 4
+    assert sum(storage.nbytes() for storage in saved.values()) == 2 * 8 * 4 * 4
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+def test_shapes_alone_tell_what_is_saved(
+    precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, computed = measure_memory(capsys, "--precision", precision)
+    code, counted = measure_memory(capsys, "--precision", precision, "--shapes_only")
+    assert code == 0
+    for setting in memory.SETTINGS:
+        assert counted[setting][:2] == computed[setting][:2]
+        assert counted[setting][2:] == ["not measured", "not computed"]
 
 
 def test_a_setting_that_computes_something_else_is_refused(
