@@ -134,8 +134,9 @@ def build_networks(args: argparse.Namespace) -> tuple[Base, ControlNetModel]:
     device = torch.device("meta" if args.shapes_only else args.device)
     with device if args.shapes_only else nullcontext():
         base = build_base(SIZES[args.size])
-    torch.manual_seed(0)
-    controlnet = build_controlnet(base.unet, stride=STRIDE).to(device)  # type: ignore[call-arg]
+        torch.manual_seed(0)
+        controlnet = build_controlnet(base.unet, stride=STRIDE)
+    controlnet.to(device)  # type: ignore[call-arg]
     for convolution in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
         nn.init.normal_(convolution.weight, std=ZERO_CONVOLUTIONS_AT)  # type: ignore[arg-type]
     for network in (base.unet, controlnet):
