@@ -48,8 +48,8 @@ def explain(error: BaseException, *, run_dir: Path) -> str | None:
         )
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            "out of GPU memory. Try --gradient_checkpointing, a smaller --batch_size with "
-            "--accumulate_grad_batches, or --precision bf16-mixed"
+            "out of GPU memory. Try --gradient_checkpointing, --use_8bit_adam, a smaller "
+            "--batch_size with --accumulate_grad_batches, or --precision bf16-mixed"
         )
     if isinstance(error, OSError) and error.errno in SYSTEM_ERRNOS:
         place = error.filename or run_dir

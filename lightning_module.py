@@ -53,6 +53,7 @@ class InpaintingControlNet(pl.LightningModule):
         ema_decay: decay of the average of the ControlNet's parameters, or None for no average.
         precision: "32", "bf16-mixed" or "16-mixed".
         gradient_checkpointing: recompute activations in backward, the frozen decoder's too.
+        use_8bit_adam: keep Adam's moments in 8 bits (bitsandbytes).
         moments_cache: what to keep missing moments in, or None: encode each batch as it comes.
     """
 
@@ -70,6 +71,7 @@ class InpaintingControlNet(pl.LightningModule):
         ema_decay: float | None,
         precision: str,
         gradient_checkpointing: bool,
+        use_8bit_adam: bool,
         moments_cache: MomentsCache | None,
     ) -> None:
         super().__init__()
@@ -83,6 +85,7 @@ class InpaintingControlNet(pl.LightningModule):
         self.snr_gamma = snr_gamma
         self.ema_decay = ema_decay
         self.precision = precision
+        self.use_8bit_adam = use_8bit_adam
         self.moments_cache = moments_cache
         if gradient_checkpointing:
             controlnet.enable_gradient_checkpointing()
@@ -327,17 +330,20 @@ class InpaintingControlNet(pl.LightningModule):
                 lr=self.learning_rate,
                 weight_decay=self.adam_weight_decay,  # type: ignore[arg-type]
             )
+        settings: dict[str, Any] = {
+            "lr": self.learning_rate,
+            "betas": (0.9, 0.999),
+            "weight_decay": self.adam_weight_decay,
+            "eps": 1e-8,
+        }
+        if self.use_8bit_adam:
+            from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]  # optional
+
+            return AdamW8bit(parameters, **settings)
         # One fused kernel instead of hundreds; under fp16 it would unscale by itself, and
         # Lightning then refuses to clip.
         is_fused = self.device.type in ("cpu", "cuda") and self.precision != "16-mixed"
-        return torch.optim.AdamW(
-            parameters,
-            lr=self.learning_rate,
-            betas=(0.9, 0.999),
-            weight_decay=self.adam_weight_decay,
-            eps=1e-8,
-            fused=is_fused,
-        )
+        return torch.optim.AdamW(parameters, **settings, fused=is_fused)
 
     def configure_gradient_clipping(
         self,

@@ -155,6 +155,7 @@ def assemble(
         ema_decay=args.ema_decay,
         precision=args.precision,
         gradient_checkpointing=args.gradient_checkpointing,
+        use_8bit_adam=args.use_8bit_adam,
         moments_cache=moments_cache,
     )
     logger.info(

@@ -370,7 +370,9 @@ def predict_noise(
     )[0]
 
 
-def estimate_sizes(config: BaseConfig, *, precision: str, has_average: bool) -> dict[str, float]:
+def estimate_sizes(
+    config: BaseConfig, *, precision: str, has_average: bool, use_8bit_adam: bool
+) -> dict[str, float]:
     """Count parameters and the memory that doesn't depend on the batch, from shapes alone.
 
     Returns:
@@ -390,11 +392,14 @@ def estimate_sizes(config: BaseConfig, *, precision: str, has_average: bool) -> 
     }  # fmt: skip
     frozen_bytes = {"32": 4, "bf16-mixed": 2, "16-mixed": 2}[precision]
     vae_bytes = {"32": 4, "bf16-mixed": 2, "16-mixed": 4}[precision]
-    copies = 5 if has_average else 4  # weights, gradients, Adam's two moments, the average
+    # Of each trained parameter: itself, its gradient, Adam's two moments, its average. In 8 bits
+    # 256 numbers of a moment share a float32 scale.
+    adam_bytes = 2 * (1 + 4 / 256) if use_8bit_adam else 2 * 4
+    kept_bytes = 4 + adam_bytes + 4 * has_average
     weights = (count["unet"] + count["text"]) * frozen_bytes + count["vae"] * vae_bytes
-    weights += count["controlnet"] * 4 * copies
+    weights += count["controlnet"] * (kept_bytes + 4)
     return {
         "controlnet_parameters": count["controlnet"],
         "weights_gib": weights / GIB,
-        "checkpoint_gib": count["controlnet"] * 4 * (copies - 1) / GIB,
+        "checkpoint_gib": count["controlnet"] * kept_bytes / GIB,
     }

@@ -205,7 +205,12 @@ def _print_dry_run(args: argparse.Namespace, *, config: BaseConfig, num_images: 
     from lightning_run import least_world_size
     from model import estimate_sizes
 
-    sizes = estimate_sizes(config, precision=args.precision, has_average=bool(args.ema_decay))
+    sizes = estimate_sizes(
+        config,
+        precision=args.precision,
+        has_average=bool(args.ema_decay),
+        use_8bit_adam=args.use_8bit_adam,
+    )
     for name, value in sorted(vars(args).items()):
         print(f"{name:32} {value}")
     effective_batch = args.batch_size * least_world_size(args) * args.accumulate_grad_batches

@@ -165,14 +165,9 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
         return Reference(base, network, args.precision, batches, is_fused)
 
     def project(batches: Any) -> Project:
-        module = InpaintingControlNet(
-            base=base, controlnet=copy.deepcopy(controlnet), num_training_steps=1_000_000,
-            learning_rate=LEARNING_RATE, adam_weight_decay=1e-2, lr_scheduler="constant",
-            lr_warmup_steps=0, snr_gamma=None, ema_decay=None, precision=args.precision,
-            gradient_checkpointing=False, moments_cache=None,
-        ).to(device)  # fmt: skip
-        module.loss_sums = module.loss_sums.to(device)
-        return Project(module, batches)
+        return build_project(
+            base, copy.deepcopy(controlnet), batches=batches, precision=args.precision
+        )
 
     builders: dict[str, Callable[[], Reference | Project]] = {
         REFERENCE: reference,
@@ -183,6 +178,32 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
         "project, cached": lambda: project(cached),
     }
     return {name: builders[name]() for name in builders if name == REFERENCE or name in args.rows}
+
+
+def build_project(
+    base: Base,
+    controlnet: ControlNetModel,
+    *,
+    batches: list[Sample],
+    precision: str,
+    learning_rate: float = LEARNING_RATE,
+    gradient_checkpointing: bool = False,
+    use_8bit_adam: bool = False,
+) -> Project:
+    """Build what trains, around networks that are on their device already."""
+    device = controlnet.device
+    module = InpaintingControlNet(
+        base=base, controlnet=controlnet, num_training_steps=1_000_000,
+        learning_rate=learning_rate, adam_weight_decay=1e-2, lr_scheduler="constant",
+        lr_warmup_steps=0, snr_gamma=None, ema_decay=None, precision=precision,
+        gradient_checkpointing=gradient_checkpointing, use_8bit_adam=use_8bit_adam,
+        moments_cache=None,
+    )  # fmt: skip
+    if module.device != device:  # Lightning's record of where the networks are already
+        module.to(device)
+    module.loss_sums = module.loss_sums.to(device)
+    module.finite_steps.to(device)
+    return Project(module, batches)
 
 
 def encode(base: Base, image: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Three things can happen. A change *takes effect*: it does what it says from here on. It *changes the
 bits*: the run goes on with the very next sample, but isn't, bit for bit, the one that would have
-been. Or it is *refused*: the weights would be of no use.
+been. Or it is *refused*: the weights or the optimizer's state would be of no use.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ FLAG_EFFECTS = dict.fromkeys(
      "num_crops"),
     CHANGES_BITS,
 )  # fmt: skip
+# Another value of these is refused.
+FIXED_FLAGS = ("prediction_type", "use_8bit_adam")
 FLAGS_OF_ONE_START = (
     "controlnet_weights", "output_dir", "resume_from_checkpoint", "find_lr", "dry_run",
     "check",
@@ -74,14 +76,14 @@ def run_state(flags: Mapping[str, Any], *, facts: Mapping[str, Any]) -> dict[str
         flags: the resolved flags.
         facts: the keys of FACT_NAMES, and base and base_unet_sha256.
     """
-    kept = {name: flags[name] for name in (*FLAG_EFFECTS, "prediction_type")}
+    kept = {name: flags[name] for name in (*FLAG_EFFECTS, *FIXED_FLAGS)}
     for name in PATH_FLAGS:
         del kept[name]
     return json.loads(json.dumps({"flags": kept, "facts": dict(facts)}))
 
 
 def check_can_go_on(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse another base.
+    """Refuse another base, and what the optimizer's state doesn't fit.
 
     Args:
         before: the checkpoint's `run_state`; an older one's may be empty.
@@ -105,6 +107,17 @@ def check_can_go_on(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         raise ValueError(
             f"--prediction_type must stay what the checkpoint was trained for, {kind}, got "
             f"{kind_now}. Resume with --prediction_type {kind}."
+        )
+    # Whatever doesn't say it is older than the switch.
+    was_8bit, is_8bit = (
+        state.get("flags", {}).get("use_8bit_adam", False) for state in (before, now)
+    )
+    if was_8bit != is_8bit:
+        bits, advice = (8, "with") if was_8bit else (32, "without")
+        raise ValueError(
+            f"--use_8bit_adam must stay as it was: Adam's state in the checkpoint has {bits} bits, "
+            f"got {32 if was_8bit else 8}. Resume {advice} --use_8bit_adam, or start a new run "
+            "from its weights with --controlnet_weights."
         )
 
 

@@ -91,7 +91,7 @@ class FiniteSteps:
             return
         if optimizer.defaults.get("fused"):
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # a GradScaler's way
-        elif found_inf.item():  # only where there is no fused AdamW
+        elif found_inf.item():  # no fused AdamW takes the verdict on the device
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None

@@ -146,6 +146,11 @@ def _add_optimization_flags(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="recompute activations, the frozen UNet's decoder too: less memory, slower",
     )
+    add(
+        "--use_8bit_adam",
+        action="store_true",
+        help="keep AdamW's moments in 8 bits: 2 GiB less; needs bitsandbytes",
+    )
     add("--ema_decay", type=float, help="average the ControlNet's parameters, e.g. 0.9999")
     add("--snr_gamma", type=float, help="Min-SNR loss weights, e.g. 5")
     add("--empty_prompt_prob", type=float, default=0.5, help="prompts dropped (default 0.5)")

@@ -15,6 +15,8 @@ from inpainting.runs import check_output_dir
 logger = logging.getLogger(__name__)
 
 MAX_SEED = 2**32 - 1  # NumPy's
+BITSANDBYTES = "bitsandbytes>=0.50,<0.51"  # before 0.50 there is no 8-bit Adam on a CPU
+BITSANDBYTES_CAPABILITY = (6, 0)
 # Launchers tell each machine by one of these where the others are: torchrun, SLURM, LSF.
 NODE_VARIABLES = ("MASTER_ADDR", "SLURM_JOB_ID", "LSB_JOBID")
 DEEPSPEED_STRATEGIES = (
@@ -46,6 +48,8 @@ def check_flags(args: argparse.Namespace) -> list[str]:
             f"--find_lr must run without DeepSpeed or FSDP, got --strategy {args.strategy}. "
             "Search on one device: --strategy auto --devices 1."
         )
+    if args.use_8bit_adam:
+        _check_8bit_adam(args)
     if args.find_lr and args.resume_from_checkpoint:
         raise ValueError("--find_lr starts from fresh weights, got --resume_from_checkpoint too.")
     shards_parameters = args.strategy.startswith("deepspeed_stage_3") or args.strategy == "fsdp"
@@ -77,6 +81,19 @@ def check_flags(args: argparse.Namespace) -> list[str]:
             "--mask_types object needs instance masks, got no --ann_file. Name the instances json."
         )
     return _warnings(args)
+
+
+def _check_8bit_adam(args: argparse.Namespace) -> None:
+    if args.strategy in (*DEEPSPEED_STRATEGIES, "fsdp"):
+        raise ValueError(
+            f"--use_8bit_adam must run without DeepSpeed or FSDP, got --strategy {args.strategy}: "
+            "they shard Adam's state instead. Drop one of the two."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "--use_8bit_adam needs bitsandbytes, got an installation without. Install it: "
+            f"pip install '{BITSANDBYTES}', or drop the flag."
+        )
 
 
 def _check_without_validation(args: argparse.Namespace) -> None:
@@ -214,12 +231,31 @@ def resolve_device(args: argparse.Namespace) -> None:
             f"--strategy {args.strategy} needs CUDA, got a machine or a torch without. "
             "Use --strategy ddp."
         )
+    if args.use_8bit_adam:
+        _check_8bit_device(args, uses_cuda=uses_cuda)
     args.devices = _parse_devices(args.devices, accelerator=args.accelerator)
     if args.precision == "auto":
         args.precision = best_precision("cuda" if uses_cuda else "cpu")
     if args.precision == "16-mixed" and args.accelerator == "cpu":
         logger.warning("warning: fp16 doesn't exist on CPU: --precision 16-mixed runs as bf16")
         args.precision = "bf16-mixed"
+
+
+def _check_8bit_device(args: argparse.Namespace, *, uses_cuda: bool) -> None:
+    import torch
+
+    if uses_cuda:
+        capability = torch.cuda.get_device_capability()
+        if capability < BITSANDBYTES_CAPABILITY:
+            raise ValueError(
+                "--use_8bit_adam needs a GPU of CUDA capability 6.0, got "
+                f"{'.'.join(map(str, capability))}. Drop the flag."
+            )
+    elif args.accelerator != "cpu":
+        raise ValueError(
+            f"--use_8bit_adam needs CUDA or a CPU, got --accelerator {args.accelerator}. "
+            "Drop one of the two."
+        )
 
 
 def _parse_devices(text: str, *, accelerator: str) -> int | list[int]:

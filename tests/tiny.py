@@ -76,6 +76,7 @@ def module(
     ema_decay: float | None = None,
     learning_rate: float = 1e-3,
     gradient_checkpointing: bool = False,
+    use_8bit_adam: bool = False,
     moments_cache: MomentsCache | None = None,
 ) -> InpaintingControlNet:
     """Build the LightningModule with plain settings."""
@@ -91,6 +92,7 @@ def module(
         ema_decay=ema_decay,
         precision="32",
         gradient_checkpointing=gradient_checkpointing,
+        use_8bit_adam=use_8bit_adam,
         moments_cache=moments_cache,
     )
 

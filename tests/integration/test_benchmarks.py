@@ -10,7 +10,7 @@ import torch
 
 import data
 from benchmarks import data as data_benchmark
-from benchmarks import overhead, step
+from benchmarks import memory, overhead, step
 from benchmarks.timing import Spread, ratios, take_turns
 from inpainting.latents import MomentsCache
 from lightning_module import InpaintingControlNet
@@ -68,6 +68,76 @@ def test_a_cached_step_never_asks_the_encoder(monkeypatch: pytest.MonkeyPatch) -
     assert not calls
     rows["project, nothing cached"].step()
     assert calls == [1]
+
+
+def measure_memory(
+    capsys: pytest.CaptureFixture[str], *flags: str
+) -> tuple[int, dict[str, list[str]]]:
+    code = memory.main(["--size", "tiny", *flags])
+    return code, rows_of(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("precision", "saved_mib", "shares"),
+    [("32", 2.7, [1.0, 0.915, 0.818]), ("bf16-mixed", 2.3, [1.0, 0.894, 0.836])],
+)
+def test_checkpointing_saves_so_much_and_changes_nothing(
+    precision: str, saved_mib: float, shares: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At this size most of the bytes are the hint encoder's, which are kept either way."""
+    code, rows = measure_memory(capsys, "--precision", precision)
+    assert code == 0
+    found = [rows[setting] for setting in memory.SETTINGS]
+    assert float(found[0][0]) == pytest.approx(saved_mib, rel=0.02)
+    assert [float(cells[1]) for cells in found] == pytest.approx(shares, abs=0.01)
+    assert [cells[3] for cells in found] == ["0.0e+00"] * 3, "the same bits"
+    assert float(rows["optimizer"][0]) == pytest.approx(2 * float(rows["ControlNet"][0]), abs=0.2)
+
+
+def test_saved_bytes_grow_with_the_batch_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    _, one = measure_memory(capsys)
+    _, three = measure_memory(capsys, "--batch_size", "3")
+    for setting in memory.SETTINGS:
+        assert float(three[setting][0]) == pytest.approx(3 * float(one[setting][0]), rel=0.02)
+    assert one["together"] == three["together"]
+
+
+def test_what_is_saved_is_counted_once_and_without_parameters() -> None:
+    layer = torch.nn.Linear(4, 4)
+    x = torch.ones(8, 4, requires_grad=True)
+    with memory.count_saved([layer]) as saved:
+        y = layer(x)
+        (y * y).sum()  # y twice, x, the weight
+    assert sum(storage.nbytes() for storage in saved.values()) == 2 * 8 * 4 * 4
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+def test_shapes_alone_tell_what_is_saved(
+    precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, computed = measure_memory(capsys, "--precision", precision)
+    code, counted = measure_memory(capsys, "--precision", precision, "--shapes_only")
+    assert code == 0
+    for setting in memory.SETTINGS:
+        assert counted[setting][:2] == computed[setting][:2]
+        assert counted[setting][2:] == ["not measured", "not computed"]
+
+
+def test_a_setting_that_computes_something_else_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_project = memory.build_project
+
+    def spoiled(*args, gradient_checkpointing: bool, **kwargs) -> step.Project:
+        project = build_project(*args, gradient_checkpointing=gradient_checkpointing, **kwargs)
+        if gradient_checkpointing:
+            project.batches[0]["noise"] = project.batches[0]["noise"] * 1.01
+        return project
+
+    monkeypatch.setattr(memory, "build_project", spoiled)
+    code, rows = measure_memory(capsys)
+    assert code == 1
+    assert ["PARTED" in rows[setting][-1] for setting in memory.SETTINGS] == [False, False, True]
 
 
 def test_rows_take_turns_in_alternating_order() -> None:

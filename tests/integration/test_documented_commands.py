@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -68,6 +69,8 @@ REFUSED = {
     "--accelerator tpu": "--accelerator tpu needs",
     "--devices 0,2": "--devices must be a number of processes on CPU",
 }
+if find_spec("bitsandbytes") is None:
+    REFUSED["--use_8bit_adam"] = "--use_8bit_adam needs bitsandbytes, got an installation without"
 # Not started here: these make the environment that the tests are running in.
 INSTALLS = (
     "python -m venv .venv", "source .venv/bin/activate", "pip install -r requirements.txt",

@@ -7,6 +7,7 @@ import pytest
 from inpainting.changes import (
     CHANGES_BITS,
     FACT_NAMES,
+    FIXED_FLAGS,
     FLAG_EFFECTS,
     FLAGS_OF_ONE_START,
     PATH_FLAGS,
@@ -27,7 +28,7 @@ def state(*arguments: str, **facts: object) -> dict:
 
 def test_every_flag_has_an_effect() -> None:
     flags = {action.dest for action in build_parser()._actions} - {"help"}
-    known = {*FLAG_EFFECTS, *FLAGS_OF_ONE_START, "prediction_type"}
+    known = {*FLAG_EFFECTS, *FLAGS_OF_ONE_START, *FIXED_FLAGS}
     assert flags == known, f"without one: {flags - known}; gone: {known - flags}"
     assert not set(FLAG_EFFECTS) & set(FLAGS_OF_ONE_START)
 
@@ -88,3 +89,13 @@ def test_another_prediction_type_is_refused() -> None:
     epsilon, velocity = (state("--prediction_type", t) for t in ("epsilon", "v_prediction"))
     with pytest.raises(ValueError, match=r"trained for, epsilon, got v_prediction\."):
         check_can_go_on(epsilon, velocity)
+
+
+@pytest.mark.parametrize("before", [state(), {}], ids=["in 32 bits", "older than the switch"])
+def test_adams_state_in_another_number_of_bits_is_refused(before) -> None:
+    in_8_bits = state("--use_8bit_adam")
+    with pytest.raises(ValueError, match=r"has 32 bits, got 8\. Resume without --use_8bit_adam,"):
+        check_can_go_on(before, in_8_bits)
+    with pytest.raises(ValueError, match=r"has 8 bits, got 32\. Resume with --use_8bit_adam,"):
+        check_can_go_on(in_8_bits, state())
+    check_can_go_on(in_8_bits, in_8_bits)

@@ -14,7 +14,7 @@ from inpainting.finite import NUM_IN_A_ROW, NUM_NAMED, FiniteSteps, NotFiniteErr
 from lightning_callbacks import AverageWeights
 from lightning_module import InpaintingControlNet
 from model import Base
-from tests import tiny
+from tests import stand_in_adam, tiny
 
 NUM_STEPS = 5
 BAD_STEP = 2
@@ -34,10 +34,14 @@ def train(
     clip: float | None = 1.0,
     fused: bool = True,
     has_loss_scaler: bool = False,
+    use_8bit_adam: bool = False,
     bad_gradient_at: int | None = None,
 ) -> tuple[InpaintingControlNet, list[dict]]:
     """Train; returns the module and what it held after each micro-batch."""
-    module = tiny.module(base, tiny.controlnet(base, zero_convolutions_at=0.05), ema_decay=0.5)
+    module = tiny.module(
+        base, tiny.controlnet(base, zero_convolutions_at=0.05), ema_decay=0.5,
+        use_8bit_adam=use_8bit_adam,
+    )  # fmt: skip
     module.finite_steps = FiniteSteps(has_loss_scaler=has_loss_scaler)
     if not fused:
         module.configure_optimizers = lambda: torch.optim.AdamW(  # type: ignore[method-assign]
@@ -88,7 +92,7 @@ def flatten(state: dict) -> dict[str, torch.Tensor]:
     """Return every tensor of the nested state by its address."""
     flat = {}
     for key, value in state.items():
-        nested = flatten(value) if isinstance(value, dict) else {"": value}
+        nested = flatten(value) if isinstance(value, dict) else {"": torch.as_tensor(value)}
         flat |= {f"{key}/{name}": tensor for name, tensor in nested.items()}
     return flat
 
@@ -102,13 +106,20 @@ def assert_equal(expected: dict, got: dict) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"clip": None}, {"fused": False}, {"has_loss_scaler": True}],
-    ids=["clipped", "not clipped", "without a fused AdamW", "with a loss scaler"],
+    [
+        {},
+        {"clip": None},
+        {"fused": False},
+        {"has_loss_scaler": True},
+        {"use_8bit_adam": True},
+    ],
+    ids=["clipped", "not clipped", "without a fused AdamW", "with a loss scaler", "in 8 bits"],
 )
 @pytest.mark.parametrize("what", ["NaN in the loss", "inf in the loss", "inf in the gradient"])
 def test_a_bad_step_leaves_parameters_average_and_adam_as_they_were(
-    base, tmp_path, what, how
+    base, tmp_path, monkeypatch, what, how
 ) -> None:
+    stand_in_adam.install(monkeypatch)
     value = {"NaN in the loss": float("nan"), "inf in the loss": float("inf")}.get(what)
     batches = batches_of(base, bad=BAD_STEP if value else None, value=value or 0.0)
     gradient = {} if value else {"bad_gradient_at": BAD_STEP}

@@ -11,7 +11,7 @@ import torch
 
 from inpainting.latents import MomentsCache, Slot
 from model import Base
-from tests import tiny
+from tests import stand_in_adam, tiny
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +19,11 @@ def base() -> Base:
     return tiny.base()
 
 
-def trainer(folder: Path, *, max_steps: int = 1) -> pl.Trainer:
+def trainer(folder: Path, *, max_steps: int = 1, max_epochs: int | None = None) -> pl.Trainer:
     return pl.Trainer(
         accelerator="cpu",
         max_steps=max_steps,
+        max_epochs=max_epochs,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -412,6 +413,46 @@ def test_gradient_checkpointing_reaches_the_frozen_decoder_and_changes_no_gradie
     assert num_runs == [2, 4], "each block must be run again in backward"
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-8)
+
+
+# ---- the optimizer in 8 bits
+
+
+def test_adam_in_8_bits_keeps_its_moments_in_8_bits(base, tmp_path, monkeypatch) -> None:
+    stand_in_adam.install(monkeypatch)
+    network = tiny.controlnet(base, zero_convolutions_at=0.1)
+    sizes = []
+    for use_8bit_adam in (False, True):
+        fit = trainer(tmp_path)
+        module = tiny.module(base, network, use_8bit_adam=use_8bit_adam)
+        fit.fit(module, loader([tiny.batch(base)]))
+        [group] = fit.optimizers[0].param_groups
+        assert (group["lr"], group["weight_decay"], group["eps"]) == (1e-3, 1e-2, 1e-8)
+        weight = module.controlnet.mid_block.resnets[0].conv1.weight  # large enough for 8 bits
+        state = fit.optimizers[0].state[weight].values()
+        moments = [t for t in state if isinstance(t, torch.Tensor) and t.shape == weight.shape]
+        sizes.append([moment.element_size() for moment in moments])
+    assert sizes == [[4, 4], [1, 1]]
+
+
+def test_adam_in_8_bits_resumes_to_the_same_bits(base, tmp_path, monkeypatch) -> None:
+    stand_in_adam.install(monkeypatch)
+    network = tiny.controlnet(base, zero_convolutions_at=0.1)
+    batches = loader([tiny.batch(base, seed=seed) for seed in range(2)])
+
+    def train(num_epochs: int, checkpoint: Path | None = None) -> tuple[dict, pl.Trainer]:
+        module = tiny.module(base, network, use_8bit_adam=True)
+        fit = trainer(tmp_path, max_steps=-1, max_epochs=num_epochs)
+        fit.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
+        return module.controlnet.state_dict(), fit
+
+    straight, _ = train(2)
+    half, fit = train(1)
+    fit.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, fit = train(2, tmp_path / "half.ckpt")
+    assert fit.global_step == 4
+    assert any(not torch.equal(half[name], straight[name]) for name in straight)
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
 # ---- with a cache of the VAE's moments

@@ -365,9 +365,30 @@ def test_a_wide_single_file_must_name_its_prediction_type(folder, tmp_path) -> N
 # ---- the sizes of the real thing
 
 
+def sizes_of(
+    folder: Path, *, precision: str = "32", has_average: bool = False, use_8bit_adam: bool = False
+) -> dict[str, float]:
+    return estimate_sizes(
+        read_base_config(str(folder)), precision=precision, has_average=has_average,
+        use_8bit_adam=use_8bit_adam,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not SD15_CONFIGS.is_dir(), reason="needs SD 1.5's configurations")
+def test_adam_in_8_bits_saves_three_quarters_of_its_moments() -> None:
+    """2.69 GiB -> 0.68: a byte a number, and a float32 for 256 of them."""
+    for has_average in (False, True):
+        full, small = (
+            sizes_of(SD15_CONFIGS, has_average=has_average, use_8bit_adam=use_8bit_adam)
+            for use_8bit_adam in (False, True)
+        )
+        for name in ("weights_gib", "checkpoint_gib"):
+            assert full[name] - small[name] == pytest.approx(2.0084, abs=1e-3), name
+
+
 @pytest.mark.skipif(not SD15_CONFIGS.is_dir(), reason="needs SD 1.5's configurations")
 def test_sd15s_controlnet_has_the_parameters_of_the_real_one() -> None:
-    sizes = estimate_sizes(read_base_config(str(SD15_CONFIGS)), precision="32", has_average=False)
+    sizes = sizes_of(SD15_CONFIGS)
     assert sizes["controlnet_parameters"] == 361_279_120
     # 859.5 M + 83.7 M + 123.1 M frozen, and four copies of 361.3 M trained, in fp32.
     assert sizes["weights_gib"] == pytest.approx((1066.2e6 + 4 * 361.279e6) * 4 / 2**30, rel=1e-3)
@@ -376,9 +397,8 @@ def test_sd15s_controlnet_has_the_parameters_of_the_real_one() -> None:
 
 @pytest.mark.skipif(not SD15_CONFIGS.is_dir(), reason="needs SD 1.5's configurations")
 def test_half_precision_halves_the_frozen_networks_alone() -> None:
-    config = read_base_config(str(SD15_CONFIGS))
-    full = estimate_sizes(config, precision="32", has_average=True)
-    half = estimate_sizes(config, precision="bf16-mixed", has_average=True)
+    full = sizes_of(SD15_CONFIGS, has_average=True)
+    half = sizes_of(SD15_CONFIGS, precision="bf16-mixed", has_average=True)
     frozen = 859_520_964 + 83_653_863 + 123_060_480
     assert full["weights_gib"] - half["weights_gib"] == pytest.approx(frozen * 2 / 2**30)
     assert full["checkpoint_gib"] == half["checkpoint_gib"]
@@ -388,5 +408,5 @@ def test_half_precision_halves_the_frozen_networks_alone() -> None:
 def test_sd21_is_understood_from_its_configuration() -> None:
     config = read_base_config(str(SD21_CONFIGS))
     assert (config.image_size, config.prediction_type) == (512, "epsilon")
-    sizes = estimate_sizes(config, precision="32", has_average=False)
+    sizes = sizes_of(SD21_CONFIGS)
     assert 3.6e8 < sizes["controlnet_parameters"] < 3.7e8

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from inpainting import preflight
 from inpainting.base import read_base_config
 from inpainting.flags import build_parser
 from inpainting.preflight import check_flags, check_image_size, resolve_device
@@ -82,6 +83,11 @@ def test_the_defaults_pass_without_a_warning() -> None:
         ("--find_lr --strategy deepspeed", "--find_lr must run without DeepSpeed or FSDP, got --s"),
         ("--find_lr --strategy fsdp", "--find_lr must run without DeepSpeed or FSDP, got --strat"),
         (
+            "--use_8bit_adam --strategy deepspeed_stage_2",
+            "--use_8bit_adam must run without DeepSpeed or FSDP, got --strategy deepspeed_stage_2",
+        ),
+        ("--use_8bit_adam --strategy fsdp", "they shard Adam's state instead. Drop one of the"),
+        (
             "--find_lr --resume_from_checkpoint last",
             "--find_lr starts from fresh weights, got --resume_from_checkpoint too.",
         ),
@@ -141,6 +147,16 @@ def test_a_flag_without_effect_is_warned_about_once(arguments, warning) -> None:
     lines = check_flags(parse(*arguments.split()))
     assert len(lines) == 1, lines
     assert lines[0].startswith(warning)
+
+
+def test_adam_in_8_bits_needs_bitsandbytes(monkeypatch) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    assert refusal("--use_8bit_adam") == (
+        "--use_8bit_adam needs bitsandbytes, got an installation without. Install it: "
+        "pip install 'bitsandbytes>=0.50,<0.51', or drop the flag."
+    )
+    monkeypatch.setattr(preflight, "find_spec", lambda name: name)
+    assert check_flags(parse("--use_8bit_adam")) == []
 
 
 @pytest.mark.parametrize("variable", ["MASTER_ADDR", "SLURM_JOB_ID", "LSB_JOBID"])
@@ -292,6 +308,22 @@ def test_what_the_machine_hasnt_got_is_refused(machine, arguments, message) -> N
     with pytest.raises(ValueError, match="got") as error:
         resolve_device(parse(*arguments.split()))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("capability", [None, (6, 0), (9, 0)])
+def test_adam_in_8_bits_runs_on_a_cpu_and_on_most_gpus(machine, capability) -> None:
+    machine(capability)
+    resolve_device(parse("--use_8bit_adam"))
+
+
+def test_adam_in_8_bits_is_refused_where_it_has_no_kernels(machine, monkeypatch) -> None:
+    machine((5, 2))
+    with pytest.raises(ValueError, match=r"a GPU of CUDA capability 6\.0, got 5\.2\. Drop"):
+        resolve_device(parse("--use_8bit_adam"))
+    machine(None)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="needs CUDA or a CPU, got --accelerator mps"):
+        resolve_device(parse("--use_8bit_adam"))
 
 
 def test_fp16_on_a_cpu_becomes_bf16_and_is_said(machine, caplog) -> None:
