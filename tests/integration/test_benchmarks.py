@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 from benchmarks import data as data_benchmark
-from benchmarks import overhead, step
-from benchmarks.timing import Spread, ratios, take_turns
+from benchmarks import e2e, overhead, step
+from benchmarks.networks import SIZES, write_base
+from benchmarks.timing import Spread, describe_machine, ratios, take_turns
 from inpainting.latents import MomentsCache
 from lightning_module import InpaintingControlNet
-from model import Base
+from model import Base, load_base
 
+ROOT = Path(__file__).parents[2]
 TINY = ["--size", "tiny", "--num_rounds", "2", "--num_steps", "2"]
 
 
@@ -111,3 +118,157 @@ def test_the_loop_is_measured_against_a_raw_one(capsys: pytest.CaptureFixture[st
     assert list(rows) == [
         "Lightning with bar, curves and checkpoints", "raw", "what the first costs more"
     ]  # fmt: skip
+
+
+# Stands for diffusers' script: notes what it was given, as far as it can be used, and burns 200
+# ms of a child's CPU time a step.
+FAKE_PEER = """
+import argparse, json, os, subprocess, sys
+from pathlib import Path
+
+parser = argparse.ArgumentParser()
+for name in (
+    "pretrained_model_name_or_path", "train_data_dir", "output_dir", "learning_rate",
+    "lr_scheduler", "mixed_precision", "proportion_empty_prompts", "report_to",
+):
+    parser.add_argument(f"--{name}")
+for name in (
+    "resolution", "train_batch_size", "dataloader_num_workers", "seed", "checkpointing_steps",
+    "max_train_steps",
+):
+    parser.add_argument(f"--{name}", type=int)
+args = parser.parse_args()
+data = Path(args.train_data_dir)
+rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+files = [data / row[key] for row in rows for key in ("file_name", "conditioning_image_file_name")]
+names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HF_HUB_OFFLINE", "ACCELERATE_USE_CPU")
+given = {
+    **vars(args), "num_pictures": len(rows), "is_whole": all(file.is_file() for file in files),
+    "captions": [row["text"] for row in rows], "environment": {n: os.environ[n] for n in names},
+    "base": sorted(os.listdir(args.pretrained_model_name_or_path)),
+}
+with Path(__file__).with_suffix(".log").open("a") as log:
+    log.write(json.dumps(given) + "\\n")
+burn = f"import time\\nwhile time.process_time() < {args.max_train_steps * 0.2}: pass"
+subprocess.run([sys.executable, "-S", "-c", burn], check=True)
+Path(args.output_dir).mkdir()
+"""
+
+
+@pytest.fixture
+def peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write the script that stands for the peer's."""
+    path = tmp_path / "train_controlnet.py"
+    path.write_text(FAKE_PEER)
+    monkeypatch.setattr(e2e, "SCENE_SIZE_PX", 64)
+    return path
+
+
+def e2e_flags(peer: Path, *flags: str) -> list[str]:
+    """Return the flags of a comparison in this interpreter."""
+    return ["--peer", str(peer), "--python", sys.executable, "--size", "tiny", *flags]
+
+
+def test_whole_runs_are_compared_with_the_peers(
+    peer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = e2e_flags(peer, "--num_rounds", "1", "--num_steps", "1", "6", "--batch_size", "2")
+    assert e2e.main(flags) == 0
+    out = capsys.readouterr().out
+    rows = rows_of(out)
+    assert list(rows) == [e2e.PEER, e2e.AGAIN, e2e.NOT_CACHED, e2e.CACHED]
+    for name in (e2e.PEER, e2e.AGAIN):
+        per_step = float(rows[name][0].split()[0])
+        assert 180 < per_step < 250, f"{name}: its child burns 200 ms a step, got {per_step}"
+    assert "tiny, 64 px, batch 2, fp32, 1 rounds of 1 and 6 steps" in out
+    assert "1 thread(s), torch 2." in out
+    given = [json.loads(line) for line in peer.with_suffix(".log").read_text().splitlines()]
+    assert [run["max_train_steps"] for run in given] == [1, 1, 6, 1, 6], "one warms up"
+    wanted = {
+        "resolution": 64, "train_batch_size": 2, "dataloader_num_workers": 0,
+        "mixed_precision": "no", "lr_scheduler": "constant", "learning_rate": "1e-5",
+        "is_whole": True, "num_pictures": 14,
+        "environment": {
+            "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1",
+            "ACCELERATE_USE_CPU": "true",
+        },
+    }  # fmt: skip
+    assert {name: given[0][name] for name in wanted} == wanted
+    assert all(given[0]["captions"])
+    assert {"scheduler", "text_encoder", "tokenizer", "unet", "vae"} <= {*given[0]["base"]}
+
+
+def test_a_run_that_fails_ends_the_comparison_with_its_last_lines(
+    peer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer.write_text("raise SystemExit('no torchvision here')")
+    flags = e2e_flags(peer, "--num_rounds", "1", "--num_steps", "1", "2")
+    assert e2e.main(flags) == 1
+    out, err = capsys.readouterr()
+    assert "|" not in out
+    assert f"error: a run of {peer} ended with exit code 1." in err
+    assert err.endswith("no torchvision here\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--peer", "nowhere.py"], "error: --peer must be diffusers' train_controlnet.py, got "
+         "nowhere.py, which isn't there."),
+        (["--python", "nowhere"], "error: --python must be an interpreter with torchvision and "
+         "datasets, got nowhere, which isn't there. `make bench-env` makes one."),
+        (["--num_steps", "4", "4"], "error: --num_steps must be a short and a long run, got 4 and "
+         "4. Try 10 50."),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_refused_in_one_line(
+    flags: list[str], message: str, peer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert e2e.main(e2e_flags(peer, *flags)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(message), err
+    assert err.count("\n") == 1, err
+
+
+def test_the_peers_pictures_are_ours_with_holes_painted_beforehand(tmp_path: Path) -> None:
+    e2e.write_scenes(tmp_path, num_scenes=2, size=64, seed=0)
+    before = [path.read_bytes() for path in sorted((tmp_path / "images").iterdir())]
+    e2e.write_peer_data(tmp_path)
+    assert [path.read_bytes() for path in sorted((tmp_path / "images").iterdir())] == before
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    for row in rows:
+        with Image.open(tmp_path / row["conditioning_image_file_name"]) as file:
+            assert file.format == "JPEG"
+            painted = np.asarray(file).astype(int)
+        with Image.open(tmp_path / row["file_name"]) as file:
+            picture = np.asarray(file.convert("RGB")).astype(int)
+        assert painted[20:28, 20:28].mean() < 8, "the hole is black"
+        assert picture[20:28, 20:28].mean() > 40
+        assert np.abs(painted - picture)[40:].mean() < 20, "all else is the picture, after JPEG"
+
+
+def test_the_written_base_is_one_that_trains(tmp_path: Path) -> None:
+    base = load_base(str(write_base(tmp_path / "base", SIZES["tiny"], image_size=64)))
+    assert base.image_size == 64
+    assert base.text_encoder.config.vocab_size == len(base.tokenizer)
+
+
+def test_a_measured_environment_is_described_by_its_own_versions() -> None:
+    cpu = torch.device("cpu")
+    described = describe_machine(cpu, num_threads=7, versions={"torch": "1.0", "datasets": "5.2"})
+    assert ", 7 thread(s), torch 1.0, datasets 5.2, commit " in described
+    assert f"torch {torch.__version__}, commit" in describe_machine(cpu)
+
+
+def test_the_benchmarks_environment_is_made_outside_of_the_project(tmp_path: Path) -> None:
+    printed = subprocess.run(
+        ["make", "--dry-run", "bench-env"],
+        cwd=ROOT, env={"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    folder = tmp_path / "controlnet-inpainting" / "bench-env"
+    assert (
+        f"{folder}/bin/python -m pip install --quiet -r benchmarks/requirements-e2e.txt" in printed
+    )
+    assert "-r ../requirements.txt" in (ROOT / "benchmarks" / "requirements-e2e.txt").read_text()
