@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from benchmarks.timing import Spread, describe_machine, ratios, take_turns
 from inpainting.latents import MomentsCache
 from lightning_module import InpaintingControlNet
 from model import Base, load_base
+from tests import commands
+from tools import cache_latents
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--size", "tiny", "--num_rounds", "2", "--num_steps", "2"]
@@ -120,46 +123,31 @@ def test_the_loop_is_measured_against_a_raw_one(capsys: pytest.CaptureFixture[st
     ]  # fmt: skip
 
 
-# Stands for diffusers' script: notes what it was given, as far as it can be used, and burns 200
-# ms of a child's CPU time a step.
-FAKE_PEER = """
-import argparse, json, os, subprocess, sys
+# Stands for a command: notes what it was given, and burns 200 ms of a child's CPU time a step.
+FAKE = """
+import json, os, subprocess, sys
 from pathlib import Path
 
-parser = argparse.ArgumentParser()
-for name in (
-    "pretrained_model_name_or_path", "train_data_dir", "output_dir", "learning_rate",
-    "lr_scheduler", "mixed_precision", "proportion_empty_prompts", "report_to",
-):
-    parser.add_argument(f"--{name}")
-for name in (
-    "resolution", "train_batch_size", "dataloader_num_workers", "seed", "checkpointing_steps",
-    "max_train_steps",
-):
-    parser.add_argument(f"--{name}", type=int)
-args = parser.parse_args()
-data = Path(args.train_data_dir)
-rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
-files = [data / row[key] for row in rows for key in ("file_name", "conditioning_image_file_name")]
-names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HF_HUB_OFFLINE", "ACCELERATE_USE_CPU")
-given = {
-    **vars(args), "num_pictures": len(rows), "is_whole": all(file.is_file() for file in files),
-    "captions": [row["text"] for row in rows], "environment": {n: os.environ[n] for n in names},
-    "base": sorted(os.listdir(args.pretrained_model_name_or_path)),
-}
-with Path(__file__).with_suffix(".log").open("a") as log:
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+num_steps = int(flags.get("--max_train_steps") or flags.get("--max_steps") or 0)
+given = {"name": Path(sys.argv[0]).name, "flags": flags, "num_steps": num_steps}
+given["environment"] = dict(os.environ)
+data = Path(flags["--pretrained_model_name_or_path"]).parent / "data"
+given["rows"] = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+with Path(LOG).open("a") as log:
     log.write(json.dumps(given) + "\\n")
-burn = f"import time\\nwhile time.process_time() < {args.max_train_steps * 0.2}: pass"
+burn = f"import time\\nwhile time.process_time() < {num_steps * 0.2}: pass"
 subprocess.run([sys.executable, "-S", "-c", burn], check=True)
-Path(args.output_dir).mkdir()
+if "--output_dir" in flags:
+    Path(flags["--output_dir"]).mkdir()
 """
 
 
 @pytest.fixture
 def peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write the script that stands for the peer's."""
+    """Write the script that stands for the peer's, and draw small scenes."""
     path = tmp_path / "train_controlnet.py"
-    path.write_text(FAKE_PEER)
+    path.write_text(FAKE.replace("LOG", repr(str(tmp_path / "log"))))
     monkeypatch.setattr(e2e, "SCENE_SIZE_PX", 64)
     return path
 
@@ -169,33 +157,67 @@ def e2e_flags(peer: Path, *flags: str) -> list[str]:
     return ["--peer", str(peer), "--python", sys.executable, "--size", "tiny", *flags]
 
 
-def test_whole_runs_are_compared_with_the_peers(
-    peer: Path, capsys: pytest.CaptureFixture[str]
+def test_whole_runs_are_compared_by_their_difference(
+    peer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = e2e_flags(peer, "--num_rounds", "1", "--num_steps", "1", "6", "--batch_size", "2")
+    root = peer.parent / "project"
+    (root / "tools").mkdir(parents=True)
+    for name in ("train_lightning.py", "tools/cache_latents.py"):
+        shutil.copy(peer, root / name)
+    monkeypatch.setattr(e2e, "ROOT", root)
+    flags = e2e_flags(peer, "--num_rounds", "2", "--num_steps", "1", "3", "--batch_size", "2")
     assert e2e.main(flags) == 0
     out = capsys.readouterr().out
     rows = rows_of(out)
     assert list(rows) == [e2e.PEER, e2e.AGAIN, e2e.NOT_CACHED, e2e.CACHED]
-    for name in (e2e.PEER, e2e.AGAIN):
-        per_step = float(rows[name][0].split()[0])
-        assert 180 < per_step < 250, f"{name}: its child burns 200 ms a step, got {per_step}"
-    assert "tiny, 64 px, batch 2, fp32, 1 rounds of 1 and 6 steps" in out
+    for name, (per_step, *_) in rows.items():
+        assert 180 < float(per_step.split()[0]) < 250, f"{name}: 200 ms a step, got {per_step}"
+    assert "tiny, 64 px, batch 2, fp32, 2 rounds of 1 and 3 steps" in out
     assert "1 thread(s), torch 2." in out
-    given = [json.loads(line) for line in peer.with_suffix(".log").read_text().splitlines()]
-    assert [run["max_train_steps"] for run in given] == [1, 1, 6, 1, 6], "one warms up"
-    wanted = {
-        "resolution": 64, "train_batch_size": 2, "dataloader_num_workers": 0,
-        "mixed_precision": "no", "lr_scheduler": "constant", "learning_rate": "1e-5",
-        "is_whole": True, "num_pictures": 14,
-        "environment": {
-            "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1",
-            "ACCELERATE_USE_CPU": "true",
-        },
+
+    runs = [json.loads(line) for line in (peer.parent / "log").read_text().splitlines()]
+    theirs, ours, filling = peer.name, "train_lightning.py", "cache_latents.py"
+    warm_up = [(theirs, 1), (filling, 0), (ours, 1)]
+    in_order = [(theirs, 1), (theirs, 3)] * 2 + [(ours, 1), (ours, 3)] * 2
+    in_reverse = [(ours, 1), (ours, 3)] * 2 + [(theirs, 1), (theirs, 3)] * 2
+    assert [(run["name"], run["num_steps"]) for run in runs] == warm_up + in_order + in_reverse
+    shared = {
+        "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1",
+        "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
-    assert {name: given[0][name] for name in wanted} == wanted
-    assert all(given[0]["captions"])
-    assert {"scheduler", "text_encoder", "tokenizer", "unet", "vae"} <= {*given[0]["base"]}
+    assert all(shared.items() <= run["environment"].items() for run in runs)
+    their_flags, our_flags = runs[0]["flags"], runs[2]["flags"]
+    for their_name, our_name in (
+        ("resolution", "image_size"), ("train_batch_size", "batch_size"),
+        ("dataloader_num_workers", "num_workers"), ("learning_rate", "learning_rate"),
+        ("lr_scheduler", "lr_scheduler"), ("proportion_empty_prompts", "empty_prompt_prob"),
+        ("pretrained_model_name_or_path", "pretrained_model_name_or_path"), ("seed", "seed"),
+        ("checkpointing_steps", "save_every_n_steps"),
+    ):  # fmt: skip
+        assert their_flags[f"--{their_name}"] == our_flags[f"--{our_name}"]
+    assert (their_flags["--mixed_precision"], our_flags["--precision"]) == ("no", "32")
+    assert len(runs[0]["rows"]) == 2 * (3 + 1), "no epoch ends within a run"
+
+
+def test_our_command_encodes_pictures_only_in_the_row_without_a_cache(
+    peer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = peer.parent / "place"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    args = e2e.build_parser().parse_args(e2e_flags(peer, "--image_size", "64"))
+    args.num_steps = (1, 3)
+    place = e2e.Place(folder, args)
+    e2e.prepare(place)
+    _, tool, *flags = place.fill()
+    assert tool == "tools.cache_latents"
+    assert cache_latents.main(flags) == 0
+    for row, code in ((e2e.CACHED, 0), (e2e.NOT_CACHED, 1)):
+        result = commands.run(
+            [*place.commands()[row][1:], "3"], output_dir=folder / f"outputs_{code}",
+            deaths=[commands.Fault("model:Base.encode_image")],
+            environment={"XDG_CACHE_HOME": str(folder / "cache")},
+        )  # fmt: skip
+        assert result.code == code, f"{row}:\n{result.output}"
 
 
 def test_a_run_that_fails_ends_the_comparison_with_its_last_lines(
