@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +18,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from data import Sample
+from demo.defaults import BASE_DIR
+from demo.random_base import PIPELINE_INDEX, build_scheduler, write_json
 from model import Base
 
 VAE_BLOCKS = 4
@@ -68,6 +73,32 @@ def build_base(size: Size, *, seed: int = 0) -> Base:
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     nobody: Any = None  # a step asks for neither tokenizer nor the base's files
     return Base(vae, unet, text_encoder, nobody, scheduler, nobody)
+
+
+def write_base(folder: Path, size: Size, *, image_size: int) -> Path:
+    """Write a base of random weights as a diffusers folder.
+
+    The tokenizer is the demo's. The text encoder gets as many entries as that one has, not the
+    size's: a base where the two differ is refused, and looking an entry up costs nothing.
+
+    Args:
+        folder: where to; made when missing.
+        size: of the networks.
+        image_size: pixels, what the UNet is declared for.
+
+    Returns:
+        The folder.
+    """
+    tokenizer = shutil.copytree(BASE_DIR / "tokenizer", folder / "tokenizer")
+    vocabulary = len(json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8")))
+    base = build_base(replace(size, vocabulary=vocabulary))
+    base.unet.register_to_config(sample_size=image_size // STRIDE)
+    base.vae.save_pretrained(folder / "vae")
+    base.unet.save_pretrained(folder / "unet")
+    base.text_encoder.save_pretrained(folder / "text_encoder")
+    build_scheduler("epsilon").save_pretrained(folder / "scheduler")
+    write_json(folder / "model_index.json", PIPELINE_INDEX)
+    return folder
 
 
 def _build_vae(size: Size) -> AutoencoderKL:

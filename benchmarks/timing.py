@@ -66,12 +66,24 @@ def ratios(of: Sequence[float], to: Sequence[float]) -> Spread:
     return Spread.of([one / other for one, other in zip(of, to, strict=True)])
 
 
-def describe_machine(device: torch.device) -> str:
-    """Name what the numbers belong to: processor or GPU, threads, versions, commit."""
+def describe_machine(
+    device: torch.device,
+    *,
+    num_threads: int | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> str:
+    """Name what the numbers belong to: processor or GPU, threads, versions, commit.
+
+    Args:
+        device: what computes.
+        num_threads: of the process that was measured; by default this one's.
+        versions: of its packages, by name; by default this process's torch.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    threads = f"{torch.get_num_threads()} thread(s)"
+    threads = f"{num_threads or torch.get_num_threads()} thread(s)"
+    packages = [f"{n} {v}" for n, v in (versions or {"torch": torch.__version__}).items()]
     commit = (git_commit() or "no commit")[:10]
-    return f"{name}, {threads}, torch {torch.__version__}, commit {commit}"
+    return ", ".join([name, threads, *packages, f"commit {commit}"])
 
 
 def _processor() -> str:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 from benchmarks import data as data_benchmark
-from benchmarks import memory, overhead, step
-from benchmarks.timing import Spread, ratios, take_turns
+from benchmarks import e2e, memory, overhead, step
+from benchmarks.networks import SIZES, write_base
+from benchmarks.timing import Spread, describe_machine, ratios, take_turns
 from inpainting.latents import MomentsCache
 from lightning_module import InpaintingControlNet
-from model import Base
+from model import Base, load_base
+from tests import commands
+from tools import cache_latents
 
+ROOT = Path(__file__).parents[2]
 TINY = ["--size", "tiny", "--num_rounds", "2", "--num_steps", "2"]
 
 
@@ -181,3 +191,176 @@ def test_the_loop_is_measured_against_a_raw_one(capsys: pytest.CaptureFixture[st
     assert list(rows) == [
         "Lightning with bar, curves and checkpoints", "raw", "what the first costs more"
     ]  # fmt: skip
+
+
+# Stands for a command: notes what it was given, and burns 200 ms of a child's CPU time a step.
+FAKE = """
+import json, os, subprocess, sys
+from pathlib import Path
+
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+num_steps = int(flags.get("--max_train_steps") or flags.get("--max_steps") or 0)
+given = {"name": Path(sys.argv[0]).name, "flags": flags, "num_steps": num_steps}
+given["environment"] = dict(os.environ)
+data = Path(flags["--pretrained_model_name_or_path"]).parent / "data"
+given["rows"] = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+with Path(LOG).open("a") as log:
+    log.write(json.dumps(given) + "\\n")
+burn = f"import time\\nwhile time.process_time() < {num_steps * 0.2}: pass"
+subprocess.run([sys.executable, "-S", "-c", burn], check=True)
+if "--output_dir" in flags:
+    Path(flags["--output_dir"]).mkdir()
+"""
+
+
+@pytest.fixture
+def peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write the script that stands for the peer's, and draw small scenes."""
+    path = tmp_path / "train_controlnet.py"
+    path.write_text(FAKE.replace("LOG", repr(str(tmp_path / "log"))))
+    monkeypatch.setattr(e2e, "SCENE_SIZE_PX", 64)
+    return path
+
+
+def e2e_flags(peer: Path, *flags: str) -> list[str]:
+    """Return the flags of a comparison in this interpreter."""
+    return ["--peer", str(peer), "--python", sys.executable, "--size", "tiny", *flags]
+
+
+def test_whole_runs_are_compared_by_their_difference(
+    peer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = peer.parent / "project"
+    (root / "tools").mkdir(parents=True)
+    for name in ("train_lightning.py", "tools/cache_latents.py"):
+        shutil.copy(peer, root / name)
+    monkeypatch.setattr(e2e, "ROOT", root)
+    flags = e2e_flags(peer, "--num_rounds", "2", "--num_steps", "1", "3", "--batch_size", "2")
+    assert e2e.main(flags) == 0
+    out = capsys.readouterr().out
+    rows = rows_of(out)
+    assert list(rows) == [e2e.PEER, e2e.AGAIN, e2e.NOT_CACHED, e2e.CACHED]
+    for name, (per_step, *_) in rows.items():
+        assert 180 < float(per_step.split()[0]) < 250, f"{name}: 200 ms a step, got {per_step}"
+    assert "tiny, 64 px, batch 2, fp32, 2 rounds of 1 and 3 steps" in out
+    assert "1 thread(s), torch 2." in out
+
+    runs = [json.loads(line) for line in (peer.parent / "log").read_text().splitlines()]
+    theirs, ours, filling = peer.name, "train_lightning.py", "cache_latents.py"
+    warm_up = [(theirs, 1), (filling, 0), (ours, 1)]
+    in_order = [(theirs, 1), (theirs, 3)] * 2 + [(ours, 1), (ours, 3)] * 2
+    in_reverse = [(ours, 1), (ours, 3)] * 2 + [(theirs, 1), (theirs, 3)] * 2
+    assert [(run["name"], run["num_steps"]) for run in runs] == warm_up + in_order + in_reverse
+    shared = {
+        "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    assert all(shared.items() <= run["environment"].items() for run in runs)
+    their_flags, our_flags = runs[0]["flags"], runs[2]["flags"]
+    for their_name, our_name in (
+        ("resolution", "image_size"), ("train_batch_size", "batch_size"),
+        ("dataloader_num_workers", "num_workers"), ("learning_rate", "learning_rate"),
+        ("lr_scheduler", "lr_scheduler"), ("proportion_empty_prompts", "empty_prompt_prob"),
+        ("pretrained_model_name_or_path", "pretrained_model_name_or_path"), ("seed", "seed"),
+        ("checkpointing_steps", "save_every_n_steps"),
+    ):  # fmt: skip
+        assert their_flags[f"--{their_name}"] == our_flags[f"--{our_name}"]
+    assert (their_flags["--mixed_precision"], our_flags["--precision"]) == ("no", "32")
+    assert len(runs[0]["rows"]) == 2 * (3 + 1), "no epoch ends within a run"
+
+
+def test_our_command_encodes_pictures_only_in_the_row_without_a_cache(
+    peer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = peer.parent / "place"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    args = e2e.build_parser().parse_args(e2e_flags(peer, "--image_size", "64"))
+    args.num_steps = (1, 3)
+    place = e2e.Place(folder, args)
+    e2e.prepare(place)
+    _, tool, *flags = place.fill()
+    assert tool == "tools.cache_latents"
+    assert cache_latents.main(flags) == 0
+    for row, code in ((e2e.CACHED, 0), (e2e.NOT_CACHED, 1)):
+        result = commands.run(
+            [*place.commands()[row][1:], "3"], output_dir=folder / f"outputs_{code}",
+            deaths=[commands.Fault("model:Base.encode_image")],
+            environment={"XDG_CACHE_HOME": str(folder / "cache")},
+        )  # fmt: skip
+        assert result.code == code, f"{row}:\n{result.output}"
+
+
+def test_a_run_that_fails_ends_the_comparison_with_its_last_lines(
+    peer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer.write_text("raise SystemExit('no torchvision here')")
+    flags = e2e_flags(peer, "--num_rounds", "1", "--num_steps", "1", "2")
+    assert e2e.main(flags) == 1
+    out, err = capsys.readouterr()
+    assert "|" not in out
+    assert f"error: a run of {peer} ended with exit code 1." in err
+    assert err.endswith("no torchvision here\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--peer", "nowhere.py"], "error: --peer must be diffusers' train_controlnet.py, got "
+         "nowhere.py, which isn't there."),
+        (["--python", "nowhere"], "error: --python must be an interpreter with torchvision and "
+         "datasets, got nowhere, which isn't there. `make bench-env` makes one."),
+        (["--num_steps", "4", "4"], "error: --num_steps must be a short and a long run, got 4 and "
+         "4. Try 10 50."),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_refused_in_one_line(
+    flags: list[str], message: str, peer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert e2e.main(e2e_flags(peer, *flags)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(message), err
+    assert err.count("\n") == 1, err
+
+
+def test_the_peers_pictures_are_ours_with_holes_painted_beforehand(tmp_path: Path) -> None:
+    e2e.write_scenes(tmp_path, num_scenes=2, size=64, seed=0)
+    before = [path.read_bytes() for path in sorted((tmp_path / "images").iterdir())]
+    e2e.write_peer_data(tmp_path)
+    assert [path.read_bytes() for path in sorted((tmp_path / "images").iterdir())] == before
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    for row in rows:
+        with Image.open(tmp_path / row["conditioning_image_file_name"]) as file:
+            assert file.format == "JPEG"
+            painted = np.asarray(file).astype(int)
+        with Image.open(tmp_path / row["file_name"]) as file:
+            picture = np.asarray(file.convert("RGB")).astype(int)
+        assert painted[20:28, 20:28].mean() < 8, "the hole is black"
+        assert picture[20:28, 20:28].mean() > 40
+        assert np.abs(painted - picture)[40:].mean() < 20, "all else is the picture, after JPEG"
+
+
+def test_the_written_base_is_one_that_trains(tmp_path: Path) -> None:
+    base = load_base(str(write_base(tmp_path / "base", SIZES["tiny"], image_size=64)))
+    assert base.image_size == 64
+    assert base.text_encoder.config.vocab_size == len(base.tokenizer)
+
+
+def test_a_measured_environment_is_described_by_its_own_versions() -> None:
+    cpu = torch.device("cpu")
+    described = describe_machine(cpu, num_threads=7, versions={"torch": "1.0", "datasets": "5.2"})
+    assert ", 7 thread(s), torch 1.0, datasets 5.2, commit " in described
+    assert f"torch {torch.__version__}, commit" in describe_machine(cpu)
+
+
+def test_the_benchmarks_environment_is_made_outside_of_the_project(tmp_path: Path) -> None:
+    printed = subprocess.run(
+        ["make", "--dry-run", "bench-env"],
+        cwd=ROOT, env={"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    folder = tmp_path / "controlnet-inpainting" / "bench-env"
+    assert (
+        f"{folder}/bin/python -m pip install --quiet -r benchmarks/requirements-e2e.txt" in printed
+    )
+    assert "-r ../requirements.txt" in (ROOT / "benchmarks" / "requirements-e2e.txt").read_text()
