@@ -174,7 +174,7 @@ def measure(args: argparse.Namespace) -> tuple[str, bool]:
         size, image_size=args.image_size, batch_size=args.batch_size, seed=0
     )  # fmt: skip
     drawn["moments"] = torch.cat([drawn["noise"], drawn["posterior_noise"]], dim=1).half()
-    batch = {name: v if name == "prompt" else v.to(device) for name, v in drawn.items()}
+    batch: Any = {name: v if name == "prompt" else v.to(device) for name, v in drawn.items()}
     found = {}
     if args.shapes_only:
         with mode:
@@ -185,7 +185,7 @@ def measure(args: argparse.Namespace) -> tuple[str, bool]:
         project = build_project(
             base, controlnet, batches=[batch], precision=args.precision, learning_rate=0.0,
             gradient_checkpointing=setting == BOTH, use_8bit_adam=args.use_8bit_adam,
-        )  # type: ignore[list-item]  # fmt: skip
+        )  # fmt: skip
         if setting == CONTROLNET:
             controlnet.enable_gradient_checkpointing()
         with mode:
