@@ -106,7 +106,7 @@ def test_the_loss_of_a_sample_is_its_own_whatever_stands_beside_it(base) -> None
 
 def test_the_mean_loss_is_over_all_steps_since_the_last_point(base) -> None:
     module = tiny.module(base, tiny.controlnet(base))
-    module._gather = lambda tensor: tensor  # type: ignore[method-assign]
+    module.gather = lambda tensor: tensor  # type: ignore[method-assign]
 
     def step(seed: int) -> float:
         return module.training_step(tiny.batch(base, seed=seed), 0).item()
@@ -125,7 +125,7 @@ def test_the_mean_loss_weighs_the_ranks_by_their_steps(base) -> None:
     module = tiny.module(base, tiny.controlnet(base))
     module.loss_sums = torch.tensor([3.0, 3.0, 3.0, 3.0], dtype=torch.float64)
     other = torch.tensor([9.0, 1.0], dtype=torch.float64)
-    module._gather = lambda tensor: torch.stack([tensor, other])  # type: ignore[method-assign]
+    module.gather = lambda tensor: torch.stack([tensor, other])  # type: ignore[method-assign]
     assert float(module.mean_loss(epoch=True)) == 3.0
 
 
@@ -244,7 +244,7 @@ def test_val_metrics_are_those_of_all_ranks_pictures(base, monkeypatch) -> None:
             "num_hole_cells": [2.0, 2.0], "num_known_cells": [2.0, 2.0]}  # fmt: skip
     names = iter([*own, *same])
     monkeypatch.setattr(
-        module, "_gather", lambda t: torch.stack([t, torch.tensor((other | same)[next(names)])])
+        module, "gather", lambda t: torch.stack([t, torch.tensor((other | same)[next(names)])])
     )
     monkeypatch.setattr(module, "log_dict", lambda metrics, **_: logged.update(metrics))
     module._validation_losses = [{n: torch.tensor(v) for n, v in (own | same).items()}]
