@@ -29,7 +29,9 @@ def test_auto_means_the_same_to_both_commands(
     device_type: str, precision: str,
 ) -> None:  # fmt: skip
     pretend(monkeypatch, capability=capability, has_mps=has_mps)
-    args = argparse.Namespace(accelerator="auto", devices="1", precision="auto", strategy="auto")
+    args = argparse.Namespace(
+        use_8bit_adam=False, accelerator="auto", devices="1", precision="auto", strategy="auto"
+    )
     resolve_device(args)
 
     assert best_device_type() == device_type
@@ -40,7 +42,9 @@ def test_auto_means_the_same_to_both_commands(
 
 def test_training_on_the_cpu_beside_a_gpu_is_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, capability=(9, 0))
-    args = argparse.Namespace(accelerator="cpu", devices="-1", precision="auto", strategy="auto")
+    args = argparse.Namespace(
+        use_8bit_adam=False, accelerator="cpu", devices="-1", precision="auto", strategy="auto"
+    )
     resolve_device(args)
 
     assert (args.precision, args.devices) == ("32", 1)
@@ -54,7 +58,7 @@ def test_an_accelerator_that_is_not_here_is_refused(
 ) -> None:
     pretend(monkeypatch, capability=None)
     args = argparse.Namespace(
-        accelerator=accelerator, devices="1", precision="auto", strategy="auto"
+        use_8bit_adam=False, accelerator=accelerator, devices="1", precision="auto", strategy="auto"
     )
     with pytest.raises(ValueError, match=f"--accelerator {accelerator} needs {need}, got"):
         resolve_device(args)
