@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inpainting.infer_flags import build_parser, check_flags
-from inpainting.pairs import Job, Picture, find_jobs, read_picture, write_results
 from inpainting.quiet import quiet_libraries
 from inpainting.runs import check_output_dir
 
 if TYPE_CHECKING:  # the imports of torch and diffusers take seconds: --help must not
     import numpy as np
 
+    from inpainting.pairs import Job, Picture
     from inpainting.sampling import InpaintPipeline
 
 logger = logging.getLogger("infer")
@@ -67,6 +67,8 @@ def one_line_each() -> Iterator[None]:
 
 def run(args: argparse.Namespace) -> int:
     """Check, load, fill and write; what the user can correct is told in one line."""
+    from inpainting.pairs import find_jobs, read_picture
+
     read = partial(read_picture, invert_mask=args.invert_mask, mask_grow=args.mask_grow)
     try:
         check_flags(args)
@@ -109,6 +111,8 @@ def fill_job(
 ) -> bool:
     """Fill one picture, write the results and print where they are; whether that succeeded."""
     import torch
+
+    from inpainting.pairs import write_results
 
     try:
         results = fill(picture, pipeline=pipeline, image_size=image_size, args=args)

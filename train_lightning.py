@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from inpainting.flags import DEFAULT_BASE, build_parser
-from inpainting.masks import check_area_range
+from inpainting.mask_flags import check_area_range
 from inpainting.preflight import check_flags, check_image_size, resolve_device
 from inpainting.quiet import quiet_libraries
 from inpainting.runs import (

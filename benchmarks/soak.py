@@ -35,6 +35,8 @@ RUN_FLAGS = [
 ]  # fmt: skip
 RESUME = ["--resume_from_checkpoint", "last"]
 FAULT_LIMIT_S = 60.0  # for a killed group to be gone
+FOREVER_S = 1e6
+SHARE_AT_START = 0.25  # of the kills
 
 
 class Group:
@@ -57,6 +59,13 @@ class Group:
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
         return self.process.returncode is not None
+
+    def wait_for_save(self, output_dir: Path) -> None:
+        """Wait until it has saved last.ckpt anew below a folder, or has ended."""
+        started = time.time()
+        while not self.ends_within(0.02):
+            if any(path.stat().st_mtime > started for path in find_last(output_dir)):
+                return
 
     def kill(self) -> None:
         """Kill every process of the group, and wait until none is left.
@@ -91,8 +100,25 @@ def check_after_kill(run_dir: Path, *, step_before: int) -> int:
     return step
 
 
-def disturb(output_dir: Path, *, num_kills: int, longest_s: float, rng: random.Random) -> int:
+def find_last(output_dir: Path) -> list[Path]:
+    """Return the last.ckpt of each run below a folder."""
+    return [*output_dir.glob("*/checkpoints/last.ckpt")]
+
+
+def disturb(
+    output_dir: Path, *, num_kills: int, start_s: float, training_s: float, rng: random.Random
+) -> int:
     """Carry one run to its end through at most so many kills; returns how many there were.
+
+    One kill in four meets the start; the others come after the first save, so that the run gets
+    on however busy the machine is.
+
+    Args:
+        output_dir: of the run alone.
+        num_kills: at most.
+        start_s: what an undisturbed run took to its first save.
+        training_s: and from there to its end.
+        rng: draws the moments.
 
     Raises:
         RuntimeError: a start failed by itself.
@@ -101,17 +127,21 @@ def disturb(output_dir: Path, *, num_kills: int, longest_s: float, rng: random.R
     flags = [*RUN_FLAGS, "--output_dir", str(output_dir)]
     log_path, step = output_dir.with_suffix(".log"), -1
     for number in range(num_kills + 1):
-        has_saved = any(output_dir.glob("*/checkpoints/last.ckpt"))
-        group = Group([*flags, *(RESUME if has_saved else [])], log_path=log_path)
-        has_ended = group.ends_within(rng.uniform(0, longest_s) if number < num_kills else 1e6)
+        group = Group([*flags, *(RESUME if find_last(output_dir) else [])], log_path=log_path)
+        if number == num_kills:
+            has_ended = group.ends_within(FOREVER_S)
+        elif rng.random() < SHARE_AT_START:
+            has_ended = group.ends_within(rng.uniform(0, start_s))
+        else:
+            group.wait_for_save(output_dir)
+            has_ended = group.ends_within(rng.uniform(0, training_s))
         group.kill()
         if has_ended:
             if group.process.returncode:
                 raise RuntimeError(f"start {number + 1} failed: see {log_path}")
             return number
-        run_dirs = [path for path in output_dir.glob("*") if (path / "checkpoints").is_dir()]
-        if any(output_dir.glob("*/checkpoints/last.ckpt")):
-            step = check_after_kill(run_dirs[-1], step_before=step)
+        for path in find_last(output_dir):
+            step = check_after_kill(path.parents[1], step_before=step)
         print(f"kill {number + 1}: last.ckpt holds step {step}", flush=True)
     raise AssertionError
 
@@ -134,20 +164,23 @@ def soak(args: argparse.Namespace, *, output_dir: Path) -> int:
     straight = output_dir / "straight"
     flags = [*RUN_FLAGS, "--output_dir", str(straight)]
     group = Group(flags, log_path=output_dir / "straight.log")
-    group.ends_within(1e6)
+    group.wait_for_save(straight)
+    start_s = time.monotonic() - started
+    group.ends_within(FOREVER_S)
     if group.process.returncode:
         print(f"the undisturbed run failed: see {output_dir / 'straight.log'}", file=sys.stderr)
         return 1
-    seconds = time.monotonic() - started
-    print(f"the undisturbed run took {seconds:.0f} s", flush=True)
+    training_s = time.monotonic() - started - start_s
+    print(f"undisturbed: {start_s:.0f} s to the first save, then {training_s:.0f} s", flush=True)
     rng, num_kills, num_different = random.Random(args.seed), 0, 0
     for number in range(args.num_kills):
         if num_kills == args.num_kills:
             break
         folder = output_dir / f"disturbed_{number}"
         num_kills += disturb(
-            folder, num_kills=args.num_kills - num_kills, longest_s=seconds, rng=rng
-        )
+            folder, num_kills=args.num_kills - num_kills,
+            start_s=start_s, training_s=training_s, rng=rng,
+        )  # fmt: skip
         run_dirs = [path for path in folder.glob("*") if (path / "final_model").is_dir()]
         differences = compare_runs(*straight.glob("*"), *run_dirs)
         differences += [f"left behind: {path}" for path in folder.rglob(".*")]

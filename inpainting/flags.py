@@ -11,7 +11,7 @@ import shlex
 from typing import NoReturn
 
 from inpainting.arguments import OneLineParser
-from inpainting.masks import parse_mask_types
+from inpainting.mask_flags import parse_mask_types
 from inpainting.preflight import MONITORS, STRATEGIES
 
 DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"

@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
@@ -318,6 +317,8 @@ def write_run_json(
 
 
 def _package_versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version  # a fifth of what --help imports
+
     versions = {}
     for package in RECORDED_PACKAGES:
         try:
