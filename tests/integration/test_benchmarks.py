@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 import data
+from benchmarks import coco_like, e2e, memory, overhead, scale, step
 from benchmarks import data as data_benchmark
-from benchmarks import e2e, memory, overhead, step
 from benchmarks.networks import SIZES, write_base
 from benchmarks.timing import Spread, describe_machine, ratios, take_turns
 from inpainting.latents import MomentsCache
@@ -191,6 +191,32 @@ def test_the_loop_is_measured_against_a_raw_one(capsys: pytest.CaptureFixture[st
     assert list(rows) == [
         "Lightning with bar, curves and checkpoints", "raw", "what the first costs more"
     ]  # fmt: skip
+
+
+def test_data_like_coco_are_sound_and_have_its_statistics(tmp_path: Path) -> None:
+    folder = coco_like.write_coco_like(tmp_path / "data", num_pictures=400)
+    index = scale.open_index(folder, tmp_path / "cache")
+    assert len(index) == 400
+    assert not index.problems
+    num_records = index.num_rows_read["annotations"]
+    assert num_records / 400 == pytest.approx(coco_like.RECORDS_PER_PICTURE, rel=0.1)
+    rows = json.loads((folder / "annotations" / "instances.json").read_text())["annotations"]
+    shapes = [row["segmentation"] for row in rows if not row["iscrowd"]]
+    points = [len(polygon) // 2 for polygons in shapes for polygon in polygons]
+    assert np.median(points) == pytest.approx(coco_like.MEDIAN_POINTS, abs=1)
+    assert np.mean(points) == pytest.approx(coco_like.MEAN_POINTS, rel=0.1)
+    picture, again = index.open_picture(0), index.open_picture(coco_like.NUM_DRAWN)
+    assert picture.size == (coco_like.WIDTH, coco_like.HEIGHT)
+    assert picture.tobytes() == again.tobytes(), "a link to the same one"
+
+
+def test_a_data_sets_size_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--num_pictures", "8", "16", "--num_workers", "1", "--num_rounds", "1"]
+    assert scale.main([*flags, "--num_samples", "2", "--work_dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert [line.split(" | ")[0] for line in out.splitlines() if line[:3] in ("| 8", "| 1")] == [
+        "| 8", "| 16"] * 3  # fmt: skip
+    assert not list(tmp_path.iterdir())
 
 
 # Stands for a command: notes what it was given, and burns 200 ms of a child's CPU time a step.

@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "infer": _PARTS | {"model", "pipeline", "demo"},
     "tools": _PARTS | {"data", "model", "pipeline", "demo"} | _LIGHTNING,
     "demo": _PARTS | {"data", "model", "pipeline"} | _LIGHTNING,
-    "benchmarks": _PARTS | {"data", "model", "pipeline", "demo"} | _LIGHTNING,
+    "benchmarks": _PARTS | {"data", "model", "pipeline", "demo", "train_lightning"} | _LIGHTNING,
 }
 # All that a command may ask of the demo: the data and base of somebody who names none.
 COMMANDS = ("train_lightning", "infer")
