@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -22,7 +21,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from benchmarks.coco_like import COCO_NUM_PICTURES, write_coco_like
@@ -33,7 +31,6 @@ from inpainting.coco import CocoIndex
 from inpainting.flags import build_parser as build_training_parser
 from inpainting.quiet import quiet_libraries
 
-MIB = 2**20
 IMAGE_SIZE = 512
 NUM_ROWS_READ = 1000  # of a mapped index, before its memory is read
 WARM_UP = 16  # samples of each worker
@@ -66,21 +63,31 @@ def measure_index(folder: Path, cache: Path) -> tuple[float, float, float, int]:
     """Open an index and read some of it.
 
     Returns:
-        wall seconds to open it; MiB above the start at the peak; MiB of its own afterwards; the
-        number of records.
+        wall seconds to open it; MiB above the start at the peak; MiB that this process then has for
+        itself, above the start; the number of records.
     """
-    process = psutil.Process()
-    before = process.memory_info().rss
-    own_before = process.memory_full_info().uss
+    pid = os.getpid()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    peak_before, own_before = memory_mib(pid, "status", "VmHWM"), own_mib(pid)
     start = time.perf_counter()
     index = open_index(folder, cache)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = memory_mib(pid, "status", "VmHWM") - peak_before
     for row in range(0, len(index), max(1, len(index) // NUM_ROWS_READ)):
         index.object_masks(row)
         index.captions(row)
-    own = process.memory_full_info().uss - own_before
-    return seconds, peak / MIB, own / MIB, index.num_rows_read["annotations"]
+    return seconds, peak, own_mib(pid) - own_before, index.num_rows_read["annotations"]
+
+
+def own_mib(pid: int) -> float:
+    """Return what a process has written itself: neither shared, nor mapped from a file."""
+    return memory_mib(pid, "smaps_rollup", "Private_Dirty")
+
+
+def memory_mib(pid: int, file: str, field: str) -> float:
+    """Read a size that Linux tells of a process, in MiB."""
+    lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def open_samples(folder: Path, base: Path, *, num_workers: int) -> Iterator[object]:
@@ -136,9 +143,8 @@ def measure_workers(
     start = time.perf_counter()
     consume(samples, num_samples=num_samples)
     seconds = time.perf_counter() - start
-    workers = psutil.Process().children()
-    own = max(worker.memory_full_info().uss for worker in workers)
-    return num_samples / seconds, own / MIB
+    own = max(own_mib(worker.pid or 0) for worker in multiprocessing.active_children())
+    return num_samples / seconds, own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -158,15 +164,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def print_indexes(folders: dict[int, Path], *, cache: Path) -> None:
     """Build each data set's index, and open it again."""
-    print("\n| pictures | records | json, MB | built in s | peak, MiB | opened in s | own, MiB |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "\n| pictures | records | json, MB | built in s | peak, MiB | on disk, MB | opened in s | "
+        "own memory, MiB |\n|---|---|---|---|---|---|---|---|"
+    )
     for num_pictures, folder in folders.items():
         json_bytes = sum(path.stat().st_size for path in (folder / "annotations").iterdir())
+        here = set(cache.glob("index/*"))
         built_s, peak, _, records = in_fresh_process(measure_index, folder, cache, cache=cache)
+        (index,) = set(cache.glob("index/*")) - here
+        index_bytes = sum(path.stat().st_size for path in index.iterdir())
         opened_s, _, own, _ = in_fresh_process(measure_index, folder, cache, cache=cache)
         print(
             f"| {num_pictures:,} | {records:,} | {json_bytes / 1e6:,.0f} | {built_s:.1f} | "
-            f"{peak:,.0f} | {opened_s:.3f} | {own:.1f} |", flush=True,
+            f"{peak:,.0f} | {index_bytes / 1e6:.1f} | {opened_s:.3f} | {own:.1f} |", flush=True,
         )  # fmt: skip
 
 

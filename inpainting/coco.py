@@ -29,16 +29,22 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from inpainting.atomic import alone_in, sync
-from inpainting.coco_build import Contents, build_contents, modified_ns
+from inpainting.coco_build import (
+    Contents,
+    build_contents,
+    modified_ns,
+    unpack_captions,
+    unpack_masks,
+)
 from inpainting.coco_records import Problem
 from inpainting.images import open_image
 
-FORMAT_VERSION = 1  # of the cache: raise it with every change of what is stored
+FORMAT_VERSION = 2  # of the cache: raise it with every change of what is stored
 
 _META_NAME = "meta.json"
 _BUILDING_PREFIX = ".building-"
 _ABANDONED_AFTER_S = 24 * 3600.0
-_NUM_KEPT = 4  # indexes of other data sets or of earlier states: COCO's has 251 MB
+_NUM_KEPT = 4  # indexes of other data sets or of earlier states: COCO's has 150 MB
 
 
 class Rle(TypedDict):
@@ -72,6 +78,7 @@ class CocoIndex:
             for name in meta["arrays"]
         }
         self._category_names: list[str] = meta["category_names"]
+        self._fingerprint: str = meta["fingerprint"]
         self._folder_times: dict[str, int] = meta["folder_times"]
         self.num_rows_read: dict[str, int] = meta["num_rows_read"]
         self.problems = {
@@ -176,11 +183,7 @@ class CocoIndex:
     def object_masks(self, row: int) -> list[Rle]:
         """Return the masks of the picture's single objects (no crowds), in the json's order."""
         size = list(self.size(row))
-        return [
-            Rle(size=size, counts=self._ragged("rle", record))
-            for record in self._range("record", row)
-            if not self._arrays["is_crowd"][record]
-        ]
+        return [Rle(size=size, counts=c) for c in unpack_masks(self._ragged("masks", row))]
 
     @staticmethod
     def decode(rle: Rle) -> np.ndarray:
@@ -197,15 +200,11 @@ class CocoIndex:
 
     def captions(self, row: int) -> list[str]:
         """Return the picture's captions, stripped, in the json's order."""
-        captions = self._range("caption", row)
-        return [self._ragged("caption_text", caption).decode() for caption in captions]
+        return unpack_captions(self._ragged("captions", row))
 
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that change with every record that is kept."""
-        digest = hashlib.blake2b("\0".join(self._category_names).encode(), digest_size=8)
-        for name in sorted(self._arrays):
-            digest.update(np.ascontiguousarray(self._arrays[name]).data)
-        return digest.hexdigest()
+        return self._fingerprint
 
     def is_fresh(self) -> bool:
         """Tell whether no file was added to or taken from the picture folders since the build."""

@@ -5,17 +5,21 @@ one usable picture, or caption, is refused in one line.
 
 Terms: *contents* are what an index is made of, before they are written. A row is *left out* where
 it is bad itself; what belongs to a picture that was left out goes with it, uncounted. *Ragged* data
-lie end to end in one array, with another one that says where each begins.
+lie end to end in one array, with another one that says where each begins. A picture's masks and its
+captions are each *packed* into one compressed piece: that halves COCO's index.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import reprlib
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TypedDict
 
@@ -37,6 +41,7 @@ from inpainting.coco_records import (
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
+_BETWEEN_MASKS = b"\n"  # no character of a compressed RLE
 _COCO_STEM = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})")
 
 
@@ -44,6 +49,7 @@ class Contents(TypedDict):
     """What an index is made of; a change of its form raises `coco.FORMAT_VERSION`."""
 
     arrays: dict[str, np.ndarray]
+    fingerprint: str  # 16 hexadecimal digits, of everything before it is packed
     category_names: list[str]
     folder_times: dict[str, int]  # relative folder -> time of its last change in ns
     num_rows_read: dict[str, int]
@@ -84,6 +90,17 @@ def build_contents(
         builder.read_captions(tables, match_file_names=ann_file is None)
         tables.finish()
     return builder.pack()
+
+
+def unpack_masks(packed: bytes) -> list[bytes]:
+    """Return the compressed RLEs of a picture's single objects, as pycocotools takes them."""
+    joined = zlib.decompress(packed)
+    return joined.split(_BETWEEN_MASKS) if joined else []
+
+
+def unpack_captions(packed: bytes) -> list[str]:
+    """Return a picture's captions."""
+    return json.loads(zlib.decompress(packed))
 
 
 def modified_ns(folder: Path) -> int:
@@ -242,6 +259,7 @@ class _Builder:
         record_order, record_starts = _by_picture([r.image_id for r in self.records], image_ids)
         caption_order, caption_starts = _by_picture([c[0] for c in self.captions], image_ids)
         records = [self.records[i] for i in record_order]
+        captions = [self.captions[i][1] for i in caption_order]
         arrays = {
             "image_ids": image_ids,
             "sizes": np.array([(p.height, p.width) for p in pictures], dtype=np.int32),
@@ -249,20 +267,33 @@ class _Builder:
             "category": np.array(
                 [self.category_of_id[r.category_id] for r in records], dtype=np.int32
             ),
-            "area_px": np.array([r.area_px for r in records], dtype=np.int64),
-            "is_crowd": np.array([r.is_crowd for r in records], dtype=np.bool_),
-            "caption_starts": caption_starts,
+            "area_px": np.array([r.area_px for r in records], dtype=np.int32),
         }
-        ragged = {
-            "name": [os.fsencode(picture.file_name) for picture in pictures],
-            "rle": [record.counts for record in records],
-            "caption_text": [self.captions[i][1].encode() for i in caption_order],
-        }
-        for kind, parts in ragged.items():
+        digest = hashlib.blake2b("\0".join(self.category_names).encode(), digest_size=8)
+        for values in arrays.values():
+            digest.update(values.data)
+
+        def pack(parts: list[bytes]) -> list[bytes]:
+            for part in parts:
+                digest.update(part + b"\0")
+            return [zlib.compress(part) for part in parts]
+
+        masks = [
+            _BETWEEN_MASKS.join(r.counts for r in records[start:stop] if not r.is_crowd)
+            for start, stop in pairwise(record_starts.tolist())
+        ]
+        texts = [
+            json.dumps(captions[start:stop]).encode()
+            for start, stop in pairwise(caption_starts.tolist())
+        ]
+        names = [os.fsencode(picture.file_name) for picture in pictures]
+        for kind, parts in (("name", names), ("masks", pack(masks)), ("captions", pack(texts))):
             arrays[f"{kind}_bytes"] = np.frombuffer(b"".join(parts), dtype=np.uint8)
             arrays[f"{kind}_starts"] = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        digest.update(b"\0".join(names))
         return Contents(
             arrays=arrays,
+            fingerprint=digest.hexdigest(),
             category_names=self.category_names,
             folder_times=self.folder_times,
             num_rows_read=self.num_rows_read,

@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from inpainting.coco_build import build_contents
+from inpainting.coco_build import build_contents, unpack_captions, unpack_masks
 from inpainting.coco_records import (
     BadRecordError,
     Picture,
@@ -281,10 +282,14 @@ def test_every_json_makes_an_index_or_is_refused_in_one_line(folder: Path, fuzz:
         assert num_pictures > 0
         assert (np.diff(arrays["image_ids"]) > 0).all()
         assert len(arrays["sizes"]) == num_pictures
-        for kind in ("record", "caption"):
+        for kind in ("record", "masks", "captions"):
             starts = arrays[f"{kind}_starts"]
             assert len(starts) == num_pictures + 1
             assert (np.diff(starts) >= 0).all()
+        for kind, unpack in (("masks", unpack_masks), ("captions", unpack_captions)):
+            packed = arrays[f"{kind}_bytes"].tobytes()
+            for start, stop in pairwise(arrays[f"{kind}_starts"].tolist()):
+                assert all(unpack(packed[start:stop])), "none is empty"
         # Each row is used, told, or one of a picture that was.
         assert len(told) == sum(problem.count for problem in contents["problems"].values())
         for name, used in (("images", num_pictures), ("annotations", arrays["record_starts"][-1])):
