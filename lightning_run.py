@@ -156,6 +156,7 @@ def assemble(
         precision=args.precision,
         gradient_checkpointing=args.gradient_checkpointing,
         use_8bit_adam=args.use_8bit_adam,
+        compile_mode=args.compile,
         moments_cache=moments_cache,
     )
     logger.info(

@@ -15,7 +15,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -164,10 +164,12 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
         network = copy.deepcopy(controlnet)
         return Reference(base, network, args.precision, batches, is_fused)
 
-    def project(batches: Any) -> Project:
+    def project(batches: Any, *, compile_mode: str = "off") -> Project:
+        own_base = replace(base, unet=copy.deepcopy(base.unet)) if compile_mode != "off" else base
         return build_project(
-            base, copy.deepcopy(controlnet), batches=batches, precision=args.precision
-        )
+            own_base, copy.deepcopy(controlnet), batches=batches, precision=args.precision,
+            compile_mode=compile_mode,
+        )  # fmt: skip
 
     builders: dict[str, Callable[[], Reference | Project]] = {
         REFERENCE: reference,
@@ -176,6 +178,8 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
         "reference + cached moments": lambda: reference(cached),
         "project, nothing cached": lambda: project(batches),
         "project, cached": lambda: project(cached),
+        "project, cached, --compile regional": lambda: project(cached, compile_mode="regional"),
+        "project, cached, --compile full": lambda: project(cached, compile_mode="full"),
     }
     return {name: builders[name]() for name in builders if name == REFERENCE or name in args.rows}
 
@@ -189,6 +193,7 @@ def build_project(
     learning_rate: float = LEARNING_RATE,
     gradient_checkpointing: bool = False,
     use_8bit_adam: bool = False,
+    compile_mode: str = "off",
 ) -> Project:
     """Build what trains, around networks that are on their device already."""
     device = controlnet.device
@@ -197,7 +202,7 @@ def build_project(
         learning_rate=learning_rate, adam_weight_decay=1e-2, lr_scheduler="constant",
         lr_warmup_steps=0, snr_gamma=None, ema_decay=None, precision=precision,
         gradient_checkpointing=gradient_checkpointing, use_8bit_adam=use_8bit_adam,
-        moments_cache=None,
+        compile_mode=compile_mode, moments_cache=None,
     )  # fmt: skip
     if module.device != device:  # Lightning's record of where the networks are already
         module.to(device)
@@ -271,8 +276,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu or cuda (default cpu)")
     add("--num_rounds", type=int, default=15, help="(default 15)")
     add("--num_steps", type=int, default=2, help="per row and round (default 2)")
-    add("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW",
-        help=f"beside the reference (default all: {', '.join(ROWS)})")  # fmt: skip
+    add("--rows", nargs="+", default=list(ROWS), choices=ROWS + SLOW_TO_START, metavar="ROW",
+        help=f"beside the reference (default {', '.join(ROWS)}; and {', '.join(SLOW_TO_START)})",
+    )  # fmt: skip
     return parser
 
 
@@ -280,6 +286,7 @@ ROWS = (
     AGAIN, "reference + fused AdamW", "reference + cached moments", "project, nothing cached",
     "project, cached",
 )  # fmt: skip
+SLOW_TO_START = ("project, cached, --compile regional", "project, cached, --compile full")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

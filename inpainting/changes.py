@@ -28,7 +28,7 @@ FLAG_EFFECTS = dict.fromkeys(
     ("batch_size", "image_size", "val_split", "mask_types", "mask_area_range", "snr_gamma",
      "empty_prompt_prob", "gradient_clip_val", "accumulate_grad_batches", "ema_decay", "precision",
      "accelerator", "strategy", "seed", "deterministic", "overfit_batches", "limit_train_batches",
-     "num_crops"),
+     "num_crops", "compile"),
     CHANGES_BITS,
 )  # fmt: skip
 # Another value of these is refused.

@@ -151,6 +151,13 @@ def _add_optimization_flags(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="keep AdamW's moments in 8 bits: 2 GiB less; needs bitsandbytes",
     )
+    add(
+        "--compile",
+        choices=("off", "regional", "full"),
+        default="off",
+        help="torch.compile: regional the networks' blocks, full all at once; the first step then "
+        "takes minutes, the others less (default off)",
+    )
     add("--ema_decay", type=float, help="average the ControlNet's parameters, e.g. 0.9999")
     add("--snr_gamma", type=float, help="Min-SNR loss weights, e.g. 5")
     add("--empty_prompt_prob", type=float, default=0.5, help="prompts dropped (default 0.5)")

@@ -6,6 +6,7 @@ import argparse
 import logging
 import math
 import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def check_flags(args: argparse.Namespace) -> list[str]:
         )
     if args.use_8bit_adam:
         _check_8bit_adam(args)
+    if args.compile != "off":
+        _check_compiler()
     if args.find_lr and args.resume_from_checkpoint:
         raise ValueError("--find_lr starts from fresh weights, got --resume_from_checkpoint too.")
     shards_parameters = args.strategy.startswith("deepspeed_stage_3") or args.strategy == "fsdp"
@@ -93,6 +96,15 @@ def _check_8bit_adam(args: argparse.Namespace) -> None:
         raise ValueError(
             "--use_8bit_adam needs bitsandbytes, got an installation without. Install it: "
             f"pip install '{BITSANDBYTES}', or drop the flag."
+        )
+
+
+def _check_compiler() -> None:
+    names = [os.environ.get("CXX", ""), "g++", "clang++"]
+    if not any(map(shutil.which, names)):
+        raise ValueError(
+            "--compile needs a C++ compiler (g++ or clang++, or the one that $CXX names), got "
+            "none. Install one, or drop the flag."
         )
 
 

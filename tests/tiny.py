@@ -77,6 +77,7 @@ def module(
     learning_rate: float = 1e-3,
     gradient_checkpointing: bool = False,
     use_8bit_adam: bool = False,
+    compile_mode: str = "off",
     moments_cache: MomentsCache | None = None,
 ) -> InpaintingControlNet:
     """Build the LightningModule with plain settings."""
@@ -93,6 +94,7 @@ def module(
         precision="32",
         gradient_checkpointing=gradient_checkpointing,
         use_8bit_adam=use_8bit_adam,
+        compile_mode=compile_mode,
         moments_cache=moments_cache,
     )
 

@@ -19,7 +19,7 @@ import pytest
 from benchmarks.same_bits import compare_runs, read_last
 from tests.commands import Death, Fault, Result, run, start
 
-FORWARD = "lightning_module:predict_noise"
+FORWARD = "lightning_module:InpaintingControlNet.loss"
 SAVED_OFTEN = ["--save_every_n_steps", "1", "--log_every_n_steps", "1"]
 DISK_MB = 10  # the tiny base's checkpoint has 6 MB, without Adam's state 2
 

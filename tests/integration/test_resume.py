@@ -45,6 +45,7 @@ OTHER_VARIANTS = {
     "validated, averaged": [*TWO_EPOCHS, *AVERAGED],
 }
 RESUME = ["--resume_from_checkpoint", "last"]
+COMPILING_LIMIT_S = 2000.0
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def assert_same_run(expected: Path, got: Path) -> None:
 SAVE = "lightning_checkpoints:LastCheckpoint._save"
 EPOCH_END = "lightning_checkpoints:LastCheckpoint.on_train_epoch_end"
 NAMED = "lightning_checkpoints:NamedCheckpoint.on_train_epoch_end"
-FORWARD = "lightning_module:predict_noise"
+FORWARD = "lightning_module:InpaintingControlNet.loss"
 VALIDATION = "lightning_callbacks:Curves.on_validation_start"
 PICTURE = "lightning_callbacks:inpaint"
 
@@ -187,6 +188,30 @@ def test_every_killed_run_resumes_to_the_same_bits(
     test_a_killed_run_resumes_to_the_same_bits(
         moment, variant, num_workers, straight_of, flags, output_dir
     )
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("mode", ["regional", "full"])
+def test_a_compiled_run_resumes_to_the_same_bits(
+    mode: str, flags: list[str], output_dir: Path
+) -> None:
+    command = [*flags, *TWO_EPOCHS, *NOT_VALIDATED, "--compile", mode, "--gradient_checkpointing"]
+    straight = finish(command, output_dir=output_dir.with_name("straight"))
+    killed = start(command, output_dir=output_dir, deaths=[Death(FORWARD, 4)])
+    killed.limit_s = COMPILING_LIMIT_S
+    assert killed.wait().code == -signal.SIGKILL
+    resumed = finish([*command, *RESUME], output_dir=output_dir)
+    assert_same_run(straight, resumed)
+
+
+def finish(command: list[str], *, output_dir: Path) -> Path:
+    """Run to the end, however long compiling takes; returns the run's folder."""
+    running = start(command, output_dir=output_dir)
+    running.limit_s = COMPILING_LIMIT_S
+    result = running.wait()
+    assert result.code == 0, result.output
+    return result.run_dir
 
 
 def test_a_run_killed_twice_with_workers_resumes_to_the_same_bits(

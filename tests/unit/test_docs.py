@@ -35,7 +35,7 @@ FROZEN_FLAGS = {
         --pretrained_model_name_or_path --base_config --prediction_type --controlnet_weights
         --num_epochs --max_steps --learning_rate --adam_weight_decay --lr_scheduler
         --lr_warmup_steps --gradient_clip_val --accumulate_grad_batches --gradient_checkpointing
-        --use_8bit_adam --ema_decay --snr_gamma --empty_prompt_prob --precision --find_lr
+        --use_8bit_adam --compile --ema_decay --snr_gamma --empty_prompt_prob --precision --find_lr
         --early_stopping_patience
         --output_dir --accelerator --devices --num_nodes --strategy --seed --deterministic
         --save_every_n_epochs --save_every_n_steps --save_top_k --monitor --log_every_n_steps

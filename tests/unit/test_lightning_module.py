@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -413,6 +414,33 @@ def test_gradient_checkpointing_reaches_the_frozen_decoder_and_changes_no_gradie
     assert num_runs == [2, 4], "each block must be run again in backward"
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-8)
+
+
+# ---- torch.compile
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("mode", ["regional", "full"])
+def test_compiled_networks_train_alike(base, mode, gradient_checkpointing, monkeypatch) -> None:
+    # The graphs are torch.compile's own; writing C++ for them takes a minute, and a soak test.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    network = tiny.controlnet(base, zero_convolutions_at=0.1)
+    plain = tiny.module(base, network)
+    compiled = tiny.module(
+        tiny.base(), network, compile_mode=mode, gradient_checkpointing=gradient_checkpointing
+    )
+    for module in (plain, compiled):
+        counters.clear()
+        module.loss(tiny.batch(base), module.controlnet).mean().backward()
+        assert (counters["stats"]["unique_graphs"] > 0) == (module is compiled)
+    assert not counters["graph_break"], "a break costs what compiling gains"
+    expected = dict(plain.controlnet.named_parameters())
+    for name, parameter in compiled.controlnet.named_parameters():
+        gradient = expected.pop(name).grad
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+    assert not expected, "the weights keep their names"
 
 
 # ---- the optimizer in 8 bits

@@ -159,6 +159,18 @@ def test_adam_in_8_bits_needs_bitsandbytes(monkeypatch) -> None:
     assert check_flags(parse("--use_8bit_adam")) == []
 
 
+def test_compiling_needs_a_compiler(monkeypatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
+    assert refusal("--compile", "regional") == (
+        "--compile needs a C++ compiler (g++ or clang++, or the one that $CXX names), got none. "
+        "Install one, or drop the flag."
+    )
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: name if name == "icpx" else None)
+    monkeypatch.setenv("CXX", "icpx")
+    assert check_flags(parse("--compile", "regional")) == []
+
+
 @pytest.mark.parametrize("variable", ["MASTER_ADDR", "SLURM_JOB_ID", "LSB_JOBID"])
 def test_several_nodes_need_a_launcher(variable, monkeypatch) -> None:
     for name in ("MASTER_ADDR", "SLURM_JOB_ID", "LSB_JOBID"):
