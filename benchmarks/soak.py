@@ -24,11 +24,11 @@ from inpainting.arguments import OneLineParser
 from inpainting.runs import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
-SAVE_EVERY_N_STEPS = 5
+SAVE_EVERY_N_STEPS = 3
 # Everything that has a state; on the demo's scenes and base.
 RUN_FLAGS = [
-    "--batch_size", "2", "--num_epochs", "3", "--limit_train_batches", "40",
-    "--accumulate_grad_batches", "2", "--val_split", "0.02", "--ema_decay", "0.9",
+    "--batch_size", "2", "--num_epochs", "3", "--limit_train_batches", "24",
+    "--accumulate_grad_batches", "2", "--val_split", "0.005", "--ema_decay", "0.9",
     "--lr_scheduler", "cosine", "--lr_warmup_steps", "4", "--num_workers", "2",
     "--save_every_n_epochs", "1", "--save_top_k", "2", "--log_every_n_steps", "1",
     "--save_every_n_steps", str(SAVE_EVERY_N_STEPS), "--accelerator", "cpu",

@@ -15,6 +15,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module=r"huggingface_hub\b")  # on flags that diffusers sets
     warnings.filterwarnings("ignore", module=r"torch\._weights_only_unpickler")  # old pickles
+    warnings.filterwarnings("ignore", module=r"torch\._dynamo\b")  # on what it traces in diffusers
     import diffusers
     import huggingface_hub
     import transformers
