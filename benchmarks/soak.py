@@ -155,6 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     output_dir = Path(args.output_dir).absolute()
     output_dir.mkdir(parents=True, exist_ok=True)
+    if any(output_dir.iterdir()):
+        print(
+            f"error: --output_dir must be empty, got {output_dir}. Remove it, or name another.",
+            file=sys.stderr,
+        )
+        return 2
     return soak(args, output_dir=output_dir)
 
 

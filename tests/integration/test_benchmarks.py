@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import data
-from benchmarks import coco_like, e2e, memory, overhead, scale, step
+from benchmarks import coco_like, e2e, memory, overhead, scale, soak, step
 from benchmarks import data as data_benchmark
 from benchmarks.networks import SIZES, write_base
 from benchmarks.timing import Spread, describe_machine, ratios, take_turns
@@ -217,6 +217,34 @@ def test_a_data_sets_size_is_measured(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [line.split(" | ")[0] for line in out.splitlines() if line[:3] in ("| 8", "| 1")] == [
         "| 8", "| 16"] * 3  # fmt: skip
     assert not list(tmp_path.iterdir())
+
+
+def test_a_soak_needs_a_folder_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "straight").mkdir()
+    assert soak.main(["--output_dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --output_dir must be empty, got {tmp_path}. Remove it, or name another.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("saved", "before", "logged", "is_fine"),
+    [(6, 3, 6, True), (6, 6, 9, True), (6, 9, 9, False), (6, 3, 10, False)],
+)
+def test_a_kill_may_cost_the_steps_since_the_last_save_alone(
+    saved: int, before: int, logged: int, is_fine: bool, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert soak.SAVE_EVERY_N_STEPS == 3
+    monkeypatch.setattr(soak, "read_checkpoint", lambda path: {"global_step": saved})
+    monkeypatch.setattr(soak, "read_curves", lambda run_dir: {"train/loss": {logged: 0.1}})
+    if is_fine:
+        assert soak.check_after_kill(tmp_path, step_before=before) == saved
+        return
+    with pytest.raises(ValueError, match=f"last.ckpt holds step {saved}, after {before}, {logged}"):
+        soak.check_after_kill(tmp_path, step_before=before)
 
 
 # Stands for a command: notes what it was given, and burns 200 ms of a child's CPU time a step.
