@@ -20,14 +20,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.same_bits import compare_runs, read_curves
+from demo.random_base import write_random_base
 from inpainting.arguments import OneLineParser
 from inpainting.runs import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SAVE_EVERY_N_STEPS = 3
-# Everything that has a state; on the demo's scenes and base.
+# Everything that has a state; on the demo's scenes, with a base so small that most of the time is
+# spent between steps: saving, validating, starting.
 RUN_FLAGS = [
-    "--batch_size", "2", "--num_epochs", "3", "--limit_train_batches", "24",
+    "--batch_size", "2", "--num_epochs", "3", "--limit_train_batches", "100",
     "--accumulate_grad_batches", "2", "--val_split", "0.005", "--ema_decay", "0.9",
     "--lr_scheduler", "cosine", "--lr_warmup_steps", "4", "--num_workers", "2",
     "--save_every_n_epochs", "1", "--save_top_k", "2", "--log_every_n_steps", "1",
@@ -106,7 +108,13 @@ def find_last(output_dir: Path) -> list[Path]:
 
 
 def disturb(
-    output_dir: Path, *, num_kills: int, start_s: float, training_s: float, rng: random.Random
+    flags: Sequence[str],
+    *,
+    output_dir: Path,
+    num_kills: int,
+    start_s: float,
+    training_s: float,
+    rng: random.Random,
 ) -> int:
     """Carry one run to its end through at most so many kills; returns how many there were.
 
@@ -114,6 +122,7 @@ def disturb(
     on however busy the machine is.
 
     Args:
+        flags: of train_lightning.py.
         output_dir: of the run alone.
         num_kills: at most.
         start_s: what an undisturbed run took to its first save.
@@ -124,7 +133,7 @@ def disturb(
         RuntimeError: a start failed by itself.
         ValueError, TimeoutError: see check_after_kill and Group.kill.
     """
-    flags = [*RUN_FLAGS, "--output_dir", str(output_dir)]
+    flags = [*flags, "--output_dir", str(output_dir)]
     log_path, step = output_dir.with_suffix(".log"), -1
     for number in range(num_kills + 1):
         group = Group([*flags, *(RESUME if find_last(output_dir) else [])], log_path=log_path)
@@ -166,10 +175,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def soak(args: argparse.Namespace, *, output_dir: Path) -> int:
     """Compare runs that are killed, args.num_kills times together, with one that isn't."""
-    started = time.monotonic()
+    base = write_random_base(output_dir / "base")
+    flags = [*RUN_FLAGS, "--pretrained_model_name_or_path", str(base)]
     straight = output_dir / "straight"
-    flags = [*RUN_FLAGS, "--output_dir", str(straight)]
-    group = Group(flags, log_path=output_dir / "straight.log")
+    started = time.monotonic()
+    group = Group([*flags, "--output_dir", str(straight)], log_path=output_dir / "straight.log")
     group.wait_for_save(straight)
     start_s = time.monotonic() - started
     group.ends_within(FOREVER_S)
@@ -184,7 +194,7 @@ def soak(args: argparse.Namespace, *, output_dir: Path) -> int:
             break
         folder = output_dir / f"disturbed_{number}"
         num_kills += disturb(
-            folder, num_kills=args.num_kills - num_kills,
+            flags, output_dir=folder, num_kills=args.num_kills - num_kills,
             start_s=start_s, training_s=training_s, rng=rng,
         )  # fmt: skip
         run_dirs = [path for path in folder.glob("*") if (path / "final_model").is_dir()]
