@@ -72,6 +72,7 @@ def test_a_bad_picture_is_named_once_and_training_goes_on(
     assert result.code == 0, result.output
     assert result.output.count("left out: id") == 1, result.output
     assert result.output.count("1 of 12 pictures can't be read") == 1, result.output
+    assert result.output.count("must be a whole picture") == 1, "named again by the loaders"
 
 
 def test_strict_data_refuses_a_bad_row_at_the_start(spoilt: list[str], output_dir: Path) -> None:

@@ -51,11 +51,13 @@ def test_a_file_that_is_no_instances_json_is_named(
     assert "\n" not in str(raised.value)
 
 
-def test_a_file_that_was_cut_off_anywhere_is_refused(dataset: Dataset) -> None:
-    whole = dataset.ann_file.read_bytes()
-    for length in range(1, len(whole), 7):
-        dataset.ann_file.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="--ann_file must be"):
+@pytest.mark.parametrize("kind", ["ann", "caption"])
+def test_a_file_that_was_cut_off_anywhere_is_refused(dataset: Dataset, kind: str) -> None:
+    path = getattr(dataset, f"{kind}_file")
+    whole = path.read_bytes()
+    for length in range(len(whole) - 1, 0, -7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=f"--{kind}_file must be"):
             dataset.index()
 
 

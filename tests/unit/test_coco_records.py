@@ -98,6 +98,7 @@ def test_all_kinds_of_rle_equal_the_mask_that_they_were_made_of() -> None:
         [1, 2, 6, 2, 4, 2],  # no height, as COCO's record 918
         [3, 1, 3, 5, 3, 2],  # no width
         [2.1, 2.1, 2.3, 2.1, 2.2, 2.3],  # smaller than a pixel
+        [2.3, 2.3, 2.9, 2.3, 2.6, 2.9],  # likewise, and yet it covers one
         [3, 3, 3, 3, 3, 3],
         [-7, -5, -1, -5, -4, -1],  # outside of the picture
         [9, 1, 12, 1, 12, 4],

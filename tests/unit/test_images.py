@@ -84,9 +84,12 @@ def test_all_eight_rotations_are_carried_out(
     np.testing.assert_array_equal(read_mask(path), photo[..., 0] > 128)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("exif", [b"Exif\0\0junk", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])
-def test_broken_exif_is_ignored_silently(tmp_path: Path, photo: np.ndarray, exif: bytes) -> None:
-    path = save(photo, tmp_path / "a.jpg", exif=exif)
+def test_broken_exif_is_ignored_silently(
+    tmp_path: Path, photo: np.ndarray, exif: bytes, suffix: str
+) -> None:
+    path = save(photo, tmp_path / f"a.{suffix}", exif=exif)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read_image(path).shape == photo.shape

@@ -565,6 +565,9 @@ def test_what_rounding_the_moments_costs_is_small(base, tmp_path) -> None:
 
 
 def test_the_vae_leaves_the_device_until_a_picture_is_missing(base, tmp_path, monkeypatch) -> None:
+    moved, elsewhere = tiny.base(), torch.device("meta")  # a device that every machine has
+    moved.move_vae(elsewhere)
+    assert {parameter.device for parameter in moved.vae.parameters()} == {elsewhere}
     moves: list[str] = []
     monkeypatch.setattr(Base, "move_vae", lambda self, device: moves.append(device.type))
     cache = open_cache(tmp_path)
