@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from data import Sample
+from inpainting.compiling import compile_step
 from inpainting.diffusion import (
     make_conditioning,
     min_snr_weights,
@@ -25,7 +26,7 @@ from inpainting.diffusion import (
 from inpainting.finite import FiniteSteps
 from inpainting.latents import NO_SLOT, MomentsCache, Slot
 from inpainting.validation import losses_by_place, summarize_losses
-from model import Base, compile_networks
+from model import Base, predict_noise
 
 # What the frozen networks are kept in: autocast would cast them anew in every step. fp16 overflows
 # in Stable Diffusion's VAE; everywhere else the frozen weights survive the rounding.
@@ -54,7 +55,7 @@ class InpaintingControlNet(pl.LightningModule):
         precision: "32", "bf16-mixed" or "16-mixed".
         gradient_checkpointing: recompute activations in backward, the frozen decoder's too.
         use_8bit_adam: keep Adam's moments in 8 bits (bitsandbytes).
-        compile_mode: what of the networks is compiled (model.compile_networks).
+        compile_mode: what of the networks is compiled (inpainting.compiling).
         moments_cache: what to keep missing moments in, or None: encode each batch as it comes.
     """
 
@@ -96,7 +97,7 @@ class InpaintingControlNet(pl.LightningModule):
         average = copy.deepcopy(controlnet).requires_grad_(False).eval() if ema_decay else None
         object.__setattr__(self, "average", average)
         self.average: ControlNetModel | None
-        self._predict_noise = compile_networks(compile_mode, controlnet=controlnet, unet=base.unet)
+        self._predict_noise = compile_step(predict_noise, controlnet, base.unet, mode=compile_mode)
         self._grad_norm: Tensor | None = None
         self._whole_weights: dict[str, Tensor] | None = None
         self.loss_sums = torch.zeros(4, dtype=torch.float64)

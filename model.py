@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -30,8 +28,6 @@ HINT_CHANNELS = (16, 32, 96, 256, 256, 256)
 SINGLE_FILE_SD2_WIDTH = 1024
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # of diffusers' posterior
 BASE_PARTS = ("vae", "unet", "text_encoder")  # the folders of a base that hold weights
-REPEATED_BLOCKS = (ResnetBlock2D, BasicTransformerBlock)
-MAX_BLOCK_SHAPES = 64
 GIB = 2**30
 
 Networks = tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]
@@ -372,26 +368,6 @@ def predict_noise(
         mid_block_additional_residual=mid_block_res_sample,
         return_dict=False,
     )[0]
-
-
-def compile_networks(
-    mode: str, *, controlnet: ControlNetModel, unet: UNet2DConditionModel
-) -> Callable[..., Tensor]:
-    """Return `predict_noise`, compiled at its first step; weights and their names stay as they are.
-
-    Args:
-        mode: "off"; "regional": each residual and transformer block by itself, once for all of the
-            same shape; "full": everything at once, which takes many times as long.
-        controlnet: what is trained.
-        unet: the frozen one.
-    """
-    if mode == "regional":
-        # A block is compiled anew for each shape it meets; past torch's 8 it would stay as it is.
-        torch._dynamo.config.recompile_limit = MAX_BLOCK_SHAPES
-        for block in (*controlnet.modules(), *unet.modules()):
-            if isinstance(block, REPEATED_BLOCKS):
-                block.compile(dynamic=False)
-    return torch.compile(predict_noise, dynamic=False) if mode == "full" else predict_noise
 
 
 def estimate_sizes(

@@ -24,9 +24,10 @@ from transformers import CLIPTokenizer
 import data
 from benchmarks.timing import Spread, describe_machine
 from data import CocoInpaintingDataset, Sample, SampleRule, UnreadablePictures
+from demo.defaults import Scenes
 from demo.random_base import write_byte_tokenizer
 from demo.scenes import write_scenes
-from inpainting.arguments import OneLineParser
+from inpainting.arguments import module_parser
 from inpainting.coco import CocoIndex
 from inpainting.latents import NO_SLOT, MomentsCache, Slot
 from inpainting.runs import cache_dir
@@ -112,12 +113,11 @@ def open_dataset(args: argparse.Namespace, folder: Path) -> CocoInpaintingDatase
     """Read the pictures that the flags name, or draw some, with a cache below a folder."""
     if args.image_dir is None:
         write_scenes(folder, num_scenes=args.num_scenes, size=args.scene_size, seed=0)
+        scenes = Scenes.in_folder(folder)
         index = CocoIndex.from_annotations(
-            folder / "images",
-            ann_file=folder / "annotations" / "instances.json",
-            caption_file=folder / "annotations" / "captions.json",
+            scenes.image_dir, ann_file=scenes.ann_file, caption_file=scenes.caption_file,
             cache_dir=folder / "index",
-        )
+        )  # fmt: skip
     elif args.ann_file is None:
         index = CocoIndex.from_folder(Path(args.image_dir), cache_dir=cache_dir() / "index")
     else:
@@ -150,10 +150,7 @@ def open_dataset(args: argparse.Namespace, folder: Path) -> CocoInpaintingDatase
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's flags."""
-    parser = OneLineParser(
-        prog="python -m benchmarks.data", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = module_parser("benchmarks.data", manual=__doc__)
     add = parser.add_argument
     add("--image_dir", help="pictures; without it scenes are drawn")
     add("--ann_file", help="COCO instances json")

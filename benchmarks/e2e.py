@@ -32,8 +32,9 @@ from PIL import Image
 
 from benchmarks.networks import SIZES, write_base
 from benchmarks.timing import Spread, describe_machine, ratios
+from demo.defaults import Scenes
 from demo.scenes import write_scenes
-from inpainting.arguments import OneLineParser
+from inpainting.arguments import module_parser
 from inpainting.quiet import quiet_libraries
 from inpainting.runs import cache_dir
 
@@ -100,12 +101,11 @@ class Place:
 
     def our_flags(self) -> list[str]:
         """Return what is typed after our command's name."""
-        annotations = self.data / "annotations"
+        scenes = Scenes.in_folder(self.data)
         return [
             "--pretrained_model_name_or_path", str(self.folder / "base"),
-            "--image_dir", str(self.data / "images"),
-            "--ann_file", str(annotations / "instances.json"),
-            "--caption_file", str(annotations / "captions.json"),
+            "--image_dir", str(scenes.image_dir), "--ann_file", str(scenes.ann_file),
+            "--caption_file", str(scenes.caption_file),
             "--image_size", str(self.args.image_size), "--batch_size", str(self.args.batch_size),
             "--num_workers", "0", "--learning_rate", "1e-5", "--lr_scheduler", "constant",
             "--precision", "32", "--accelerator", "cpu", "--empty_prompt_prob", "0.5",
@@ -239,10 +239,7 @@ def describe(place: Place, times: dict[str, list[float]]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's flags."""
-    parser = OneLineParser(
-        prog="python -m benchmarks.e2e", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = module_parser("benchmarks.e2e", manual=__doc__)
     add = parser.add_argument
     add("--peer", required=True, help="diffusers' train_controlnet.py")
     add(

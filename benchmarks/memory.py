@@ -35,7 +35,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from benchmarks.networks import SIZES, STRIDE, build_base, draw_batch
 from benchmarks.step import TOLERANCES, Project, build_project
 from benchmarks.timing import describe_machine
-from inpainting.arguments import OneLineParser
+from inpainting.arguments import module_parser
 from lightning_module import FROZEN_DTYPES
 from model import Base, build_controlnet
 
@@ -253,10 +253,7 @@ def size_of(network: nn.Module) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's flags."""
-    parser = OneLineParser(
-        prog="python -m benchmarks.memory", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = module_parser("benchmarks.memory", manual=__doc__)
     add = parser.add_argument
     add("--size", choices=SIZES, default="small", help="of the networks (default small)")
     add("--image_size", type=int, help="pixels (default tiny 64, small 256, sd15 512)")

@@ -28,7 +28,7 @@ from benchmarks.timing import Spread, describe_machine
 from data import CocoInpaintingDataset
 from demo.random_base import write_random_base
 from demo.scenes import write_scenes
-from inpainting.arguments import OneLineParser
+from inpainting.arguments import module_parser
 from inpainting.coco import CocoIndex
 from inpainting.flags import build_parser as build_training_parser
 from inpainting.preflight import resolve_device
@@ -133,10 +133,7 @@ def loop_raw(flags: list[str], *, num_steps: int) -> float:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's flags."""
-    parser = OneLineParser(
-        prog="python -m benchmarks.overhead", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = module_parser("benchmarks.overhead", manual=__doc__)
     add = parser.add_argument
     add("--num_rounds", type=int, default=5, help="(default 5)")
     add(

@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.networks import SIZES, STRIDE, build_base, draw_batch
 from benchmarks.timing import Spread, describe_machine, ratios, take_turns
 from data import Sample
-from inpainting.arguments import OneLineParser
+from inpainting.arguments import module_parser
 from lightning_module import FROZEN_DTYPES, InpaintingControlNet
 from model import Base, build_controlnet
 
@@ -38,6 +38,7 @@ NUM_BATCHES = 4
 # moments rounded to float16. bf16: rounding everywhere.
 TOLERANCES = {"32": 1e-5, "bf16-mixed": 1e-2}
 REFERENCE, AGAIN = "reference", "reference again (A/A)"
+REGIONAL, FULL = "project, cached, --compile regional", "project, cached, --compile full"
 
 
 @dataclass
@@ -165,7 +166,8 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
         return Reference(base, network, args.precision, batches, is_fused)
 
     def project(batches: Any, *, compile_mode: str = "off") -> Project:
-        own_base = replace(base, unet=copy.deepcopy(base.unet)) if compile_mode != "off" else base
+        # Compiling changes the UNet that all rows share.
+        own_base = base if compile_mode == "off" else replace(base, unet=copy.deepcopy(base.unet))
         return build_project(
             own_base, copy.deepcopy(controlnet), batches=batches, precision=args.precision,
             compile_mode=compile_mode,
@@ -178,8 +180,8 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
         "reference + cached moments": lambda: reference(cached),
         "project, nothing cached": lambda: project(batches),
         "project, cached": lambda: project(cached),
-        "project, cached, --compile regional": lambda: project(cached, compile_mode="regional"),
-        "project, cached, --compile full": lambda: project(cached, compile_mode="full"),
+        REGIONAL: lambda: project(cached, compile_mode="regional"),
+        FULL: lambda: project(cached, compile_mode="full"),
     }
     return {name: builders[name]() for name in builders if name == REFERENCE or name in args.rows}
 
@@ -264,10 +266,7 @@ def measure(args: argparse.Namespace) -> tuple[str, bool]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's flags."""
-    parser = OneLineParser(
-        prog="python -m benchmarks.step", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = module_parser("benchmarks.step", manual=__doc__)
     add = parser.add_argument
     add("--size", choices=SIZES, default="small", help="of the networks (default small)")
     add("--image_size", type=int, help="pixels (default tiny 64, small 256, sd15 512)")
@@ -286,7 +285,7 @@ ROWS = (
     AGAIN, "reference + fused AdamW", "reference + cached moments", "project, nothing cached",
     "project, cached",
 )  # fmt: skip
-SLOW_TO_START = ("project, cached, --compile regional", "project, cached, --compile full")
+SLOW_TO_START = (REGIONAL, FULL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,12 @@ class Scenes:
     ann_file: Path
     caption_file: Path
 
+    @classmethod
+    def in_folder(cls, folder: Path) -> Scenes:
+        """Return where they lie in a folder that `write_scenes` made."""
+        annotations = folder / "annotations"
+        return cls(folder / "images", annotations / "instances.json", annotations / "captions.json")
+
 
 def prepare_scenes(folder: Path) -> Scenes:
     """Draw the scenes that the demo trains on, once, into a cache folder.
@@ -46,8 +52,7 @@ def _prepare_scenes(folder: Path, *, num_scenes: int, seed: int) -> Scenes:
         folder / f"scenes-{VERSION}-{num_scenes}x{SCENE_SIZE_PX}px-seed{seed}",
         make=lambda path: write_scenes(path, num_scenes=num_scenes, size=SCENE_SIZE_PX, seed=seed),
     )
-    annotations = scenes / "annotations"
-    return Scenes(scenes / "images", annotations / "instances.json", annotations / "captions.json")
+    return Scenes.in_folder(scenes)
 
 
 def _make_once(target: Path, *, make: Callable[[Path], object]) -> Path:

@@ -25,6 +25,14 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.speaker}: {message.rstrip('.')}. --help shows every flag.\n")
 
 
+def module_parser(module: str, *, manual: str | None) -> OneLineParser:
+    """Return an empty parser for `python -m MODULE`, whose docstring is its manual."""
+    return OneLineParser(
+        prog=f"python -m {module}", allow_abbrev=False, description=manual,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+
+
 def answer(work: Callable[[], None]) -> int:
     """Do a tool's work.
 

@@ -164,6 +164,7 @@ def start(
     output_dir: Path,
     deaths: Sequence[Death] = (),
     environment: Mapping[str, str] | None = None,
+    limit_s: float = LIMIT_S,
 ) -> Running:
     """Start `python train_lightning.py FLAGS --output_dir OUTPUT_DIR`."""
     log_path = output_dir.parent / f"{output_dir.name}-{time.monotonic_ns()}.log"
@@ -171,7 +172,7 @@ def start(
     arguments = (argv, log_path, tuple(deaths), dict(environment or {}))
     process = _fork_server().Process(target=_run_main, args=arguments)
     process.start()
-    return Running(process, log_path, output_dir)
+    return Running(process, log_path, output_dir, limit_s=limit_s)
 
 
 def run(
@@ -180,9 +181,12 @@ def run(
     output_dir: Path,
     deaths: Sequence[Death] = (),
     environment: Mapping[str, str] | None = None,
+    limit_s: float = LIMIT_S,
 ) -> Result:
     """Run it to its end."""
-    return start(flags, output_dir=output_dir, deaths=deaths, environment=environment).wait()
+    return start(
+        flags, output_dir=output_dir, deaths=deaths, environment=environment, limit_s=limit_s
+    ).wait()
 
 
 def run_typed(arguments: Sequence[object], *, limit_s: float = LIMIT_S) -> tuple[int, str, str]:

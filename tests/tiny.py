@@ -14,6 +14,7 @@ from diffusers import ControlNetModel
 from transformers import CLIPTokenizer
 
 from data import CocoInpaintingDataset, Sample, SampleRule, UnreadablePictures
+from demo.defaults import Scenes
 from demo.random_base import write_random_base
 from demo.scenes import write_scenes
 from inpainting.coco import CocoIndex
@@ -44,12 +45,11 @@ def coco_folder() -> Path:
 def coco_index() -> CocoIndex:
     """Return the index of `coco_folder`."""
     folder = coco_folder()
+    scenes = Scenes.in_folder(folder)
     return CocoIndex.from_annotations(
-        folder / "images",
-        ann_file=folder / "annotations" / "instances.json",
-        caption_file=folder / "annotations" / "captions.json",
+        scenes.image_dir, ann_file=scenes.ann_file, caption_file=scenes.caption_file,
         cache_dir=folder / "cache",
-    )
+    )  # fmt: skip
 
 
 def base(*, prediction_type: str = "epsilon", stride: int = 8) -> Base:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inpainting.arguments import OneLineParser, answer
+from inpainting.arguments import answer, module_parser
 from inpainting.benchmark_holes import HOLE_KINDS
 from inpainting.infer_flags import PRECISIONS, PREDICTION_TYPES, SCHEDULERS
 from inpainting.quiet import quiet_libraries
@@ -47,10 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's flags."""
-    parser = OneLineParser(
-        prog="python -m tools.evaluate", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = module_parser("tools.evaluate", manual=__doc__)
     add = parser.add_argument_group("weights").add_argument
     add("--checkpoint_path", required=True,
         help="controlnet.pth, final_model folder, Lightning .ckpt or single file")  # fmt: skip

@@ -174,8 +174,7 @@ def test_memory_and_open_files_stay_flat(flags: list[str], output_dir: Path) -> 
         "--log_every_n_steps", "5", "--log_images_every_n_steps", "50",
         "--save_every_n_steps", "20", "--save_every_n_epochs", "10",
     ]  # fmt: skip
-    running = start(command, output_dir=output_dir)
-    running.limit_s = 3000.0
+    running = start(command, output_dir=output_dir, limit_s=3000.0)
     process = Path(f"/proc/{running.process.pid}")
     held: list[tuple[float, int]] = []
     while running.process.is_alive():

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import signal
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 
@@ -45,7 +45,6 @@ OTHER_VARIANTS = {
     "validated, averaged": [*TWO_EPOCHS, *AVERAGED],
 }
 RESUME = ["--resume_from_checkpoint", "last"]
-COMPILING_LIMIT_S = 2000.0
 
 
 @pytest.fixture(scope="module")
@@ -197,21 +196,14 @@ def test_a_compiled_run_resumes_to_the_same_bits(
     mode: str, flags: list[str], output_dir: Path
 ) -> None:
     command = [*flags, *TWO_EPOCHS, *NOT_VALIDATED, "--compile", mode, "--gradient_checkpointing"]
-    straight = finish(command, output_dir=output_dir.with_name("straight"))
-    killed = start(command, output_dir=output_dir, deaths=[Death(FORWARD, 4)])
-    killed.limit_s = COMPILING_LIMIT_S
-    assert killed.wait().code == -signal.SIGKILL
-    resumed = finish([*command, *RESUME], output_dir=output_dir)
-    assert_same_run(straight, resumed)
-
-
-def finish(command: list[str], *, output_dir: Path) -> Path:
-    """Run to the end, however long compiling takes; returns the run's folder."""
-    running = start(command, output_dir=output_dir)
-    running.limit_s = COMPILING_LIMIT_S
-    result = running.wait()
-    assert result.code == 0, result.output
-    return result.run_dir
+    run_patiently = partial(run, limit_s=2000.0)
+    straight = run_patiently(command, output_dir=output_dir.with_name("straight"))
+    assert straight.code == 0, straight.output
+    killed = run_patiently(command, output_dir=output_dir, deaths=[Death(FORWARD, 4)])
+    assert killed.code == -signal.SIGKILL, killed.output
+    resumed = run_patiently([*command, *RESUME], output_dir=output_dir)
+    assert resumed.code == 0, resumed.output
+    assert_same_run(straight.run_dir, resumed.run_dir)
 
 
 def test_a_run_killed_twice_with_workers_resumes_to_the_same_bits(
