@@ -25,7 +25,7 @@ TRAINING = (
     "--num_epochs 1000 --save_every_n_epochs 1000 --log_every_n_steps 20"
 )
 NUM_STEPS, NUM_PICTURES = 1000, 64
-SLOW_NUM_STEPS = 500  # where the CPU doesn't compute in bf16: ten minutes as well
+SLOW_NUM_STEPS = 450  # where the CPU doesn't compute in bf16: ten minutes as well
 EVALUATION = (
     "--hole_kinds medium thick --num_samples 1 --guidance_scale 1.5 --num_inference_steps 10"
 )
