@@ -18,7 +18,7 @@ from diffusers import ControlNetModel
 from torch import Tensor
 
 from inpainting.checkpoints import base_hash, find_record
-from inpainting.devices import choose_device
+from inpainting.devices import choose_device, keep_freed_memory
 from inpainting.diffusion import HOLE_VALUE
 from inpainting.interop import read_controlnet_weights
 from inpainting.record import InpaintingRecord
@@ -46,6 +46,7 @@ class LoadedPipeline:
 def load_from_flags(args: argparse.Namespace, *, demo_base: Path) -> LoadedPipeline:
     """Load what the flags name that infer.py and tools.evaluate share; see `load_pipeline`."""
     device, dtype = choose_device(args.device, precision=args.precision)
+    keep_freed_memory(device.type)
     return load_pipeline(
         args.checkpoint_path,
         base=args.pretrained_model_name_or_path,

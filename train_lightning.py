@@ -138,6 +138,7 @@ def _build(args: argparse.Namespace) -> Run | None:
     _quiet_lightning()
     quiet_libraries()
     from inpainting.base import read_base_config
+    from inpainting.devices import keep_freed_memory
     from inpainting.inspection import open_training_data
     from model import check_prediction_type
 
@@ -151,6 +152,7 @@ def _build(args: argparse.Namespace) -> Run | None:
         args.monitor = "val/loss" if args.val_split > 0 else "train_loss"
     check_image_size(args.image_size, config=config)
     resolve_device(args)
+    keep_freed_memory(args.accelerator)
     checkpoint_path = None
     if args.resume_from_checkpoint:
         checkpoint_path = find_checkpoint(

@@ -29,7 +29,7 @@ from benchmarks.timing import Spread, describe_machine, ratios, take_turns
 from data import Sample
 from inpainting.arguments import module_parser
 from lightning_module import FROZEN_DTYPES, InpaintingControlNet
-from model import Base, build_controlnet
+from model import Base, lay_out_vae, build_controlnet
 
 LEARNING_RATE = 1e-5
 CLIP_NORM = 1.0
@@ -166,8 +166,10 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
         return Reference(base, network, args.precision, batches, is_fused)
 
     def project(batches: Any, *, compile_mode: str = "off") -> Project:
-        # Compiling changes the UNet that all rows share.
-        own_base = base if compile_mode == "off" else replace(base, unet=copy.deepcopy(base.unet))
+        own_base = replace(base, vae=copy.deepcopy(base.vae))
+        lay_out_vae(own_base.vae)
+        if compile_mode != "off":  # that changes the UNet
+            own_base = replace(own_base, unet=copy.deepcopy(base.unet))
         return build_project(
             own_base, copy.deepcopy(controlnet), batches=batches, precision=args.precision,
             compile_mode=compile_mode,

@@ -105,12 +105,14 @@ def _resolve(args: argparse.Namespace) -> None:
     """Choose what the flags leave open, as the training does."""
     quiet_libraries()
     from inpainting.base import read_base_config
+    from inpainting.devices import keep_freed_memory
 
     args.pretrained_model_name_or_path = args.pretrained_model_name_or_path or DEFAULT_BASE
     config = read_base_config(args.pretrained_model_name_or_path, base_config=args.base_config)
     args.image_size = args.image_size or config.image_size
     check_image_size(args.image_size, config=config)
     resolve_device(args)
+    keep_freed_memory(args.accelerator)
 
 
 def _device(args: argparse.Namespace) -> str:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import argparse
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -81,3 +84,23 @@ def test_what_the_machine_has_not_got_is_refused() -> None:
 
 def test_every_precision_of_the_command_is_known() -> None:
     assert {"auto", *DTYPES} == set(infer_flags.PRECISIONS)
+
+
+COUNT_FAULTS = """
+import resource, sys, torch
+from inpainting.devices import keep_freed_memory
+keep_freed_memory(sys.argv[1])
+for i in range(40):
+    if i == 20:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+@pytest.mark.parametrize(("device_type", "is_kept"), [("cpu", True), ("cuda", False)])
+def test_a_cpu_uses_a_freed_tensors_memory_again(device_type: str, is_kept: bool) -> None:
+    command = [sys.executable, "-c", COUNT_FAULTS, device_type]
+    num_faults = int(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert (num_faults < 100) == is_kept, num_faults
