@@ -159,8 +159,7 @@ def load_base(
     for network in parts:
         nn.Module.to(network, dtype=torch.float32 if network is vae else dtype)
         network.requires_grad_(False).eval()
-    lay_out_vae(vae)
-    unet.set_attn_processor(FittingAttention())  # type: ignore[arg-type]
+    choose_kernels(vae, unet)
     if len(tokenizer) != text_encoder.config.vocab_size:
         raise ValueError(
             f"the base's tokenizer must know the text encoder's {text_encoder.config.vocab_size} "
@@ -179,12 +178,13 @@ def load_base(
     )
 
 
-def lay_out_vae(vae: AutoencoderKL) -> None:
-    """Lay the VAE's weights out with channels last: its convolutions are 10 to 25 % faster.
+def choose_kernels(vae: AutoencoderKL, unet: UNet2DConditionModel) -> None:
+    """Let frozen networks compute by what is fastest; it moves the last bits of the results.
 
-    It moves the last bits of what it computes.
+    Channels last make the VAE's convolutions 10 to 25 % faster, and the UNet's no faster.
     """
-    nn.Module.to(vae, memory_format=torch.channels_last)
+    nn.Module.to(vae, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    unet.set_attn_processor(FittingAttention())  # type: ignore[arg-type]
 
 
 def check_prediction_type(config: BaseConfig, prediction_type: str) -> None:

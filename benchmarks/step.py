@@ -6,7 +6,8 @@ The reference is written from diffusers alone, after its train_controlnet.py. Th
 imported: what trains is what is timed. Every row starts from the same weights and sees the same
 batches with the same noise, and the command fails (exit code 1) if a row's losses part from the
 reference's: a step that computes something else is not faster. Rows take turns, the reference comes
-twice as the noise floor, and `reference + ...` has one optimisation alone.
+twice as the noise floor, and `reference + ...` has one optimisation alone. What a process has as a
+whole, all rows have: a CPU keeps the memory that it frees.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from benchmarks.networks import SIZES, STRIDE, build_base, draw_batch
 from benchmarks.timing import Spread, describe_machine, ratios, take_turns
 from data import Sample
 from inpainting.arguments import module_parser
+from inpainting.devices import keep_freed_memory
 from lightning_module import FROZEN_DTYPES, InpaintingControlNet
-from model import Base, lay_out_vae, build_controlnet
+from model import Base, build_controlnet, choose_kernels
 
 LEARNING_RATE = 1e-5
 CLIP_NORM = 1.0
@@ -166,10 +168,8 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
         return Reference(base, network, args.precision, batches, is_fused)
 
     def project(batches: Any, *, compile_mode: str = "off") -> Project:
-        own_base = replace(base, vae=copy.deepcopy(base.vae))
-        lay_out_vae(own_base.vae)
-        if compile_mode != "off":  # that changes the UNet
-            own_base = replace(own_base, unet=copy.deepcopy(base.unet))
+        own_base = replace(base, vae=copy.deepcopy(base.vae), unet=copy.deepcopy(base.unet))
+        choose_kernels(own_base.vae, own_base.unet)
         return build_project(
             own_base, copy.deepcopy(controlnet), batches=batches, precision=args.precision,
             compile_mode=compile_mode,
@@ -228,6 +228,7 @@ def measure(args: argparse.Namespace) -> tuple[str, bool]:
         the table as markdown, and whether all losses stayed together.
     """
     device = torch.device(args.device)
+    keep_freed_memory(device.type)
     rows = build_rows(args)
 
     def steps_of(row: Reference | Project) -> Callable[[], None]:

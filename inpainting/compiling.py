@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -24,11 +23,19 @@ def compile_step(
         mode: "off"; "regional": each residual and transformer block by itself, once for all of the
             same shape; "full": the whole step at once, which takes many times as long.
     """
-    if mode == "regional":
-        # A block is compiled anew for each shape it meets; past torch's 8 it would stay as it is.
-        torch._dynamo.config.recompile_limit = MAX_BLOCK_SHAPES
-        for network in networks:
-            for block in network.modules():
-                if isinstance(block, REPEATED_BLOCKS):
-                    block.compile(dynamic=False)
-    return torch.compile(step, dynamic=False) if mode == "full" else step
+    if mode == "off":
+        return step
+    import torch._inductor.config
+
+    # With it torch 2.13 moves the sum over what an upsampling has copied behind its readers, and
+    # gradients become zero without a word.
+    torch._inductor.config.reorder_for_peak_memory = False
+    if mode == "full":
+        return torch.compile(step, dynamic=False)
+    # A block is compiled anew for each shape it meets; past torch's 8 it would stay as it is.
+    torch._dynamo.config.recompile_limit = MAX_BLOCK_SHAPES
+    for network in networks:
+        for block in network.modules():
+            if isinstance(block, REPEATED_BLOCKS):
+                block.compile(dynamic=False)
+    return step

@@ -44,6 +44,12 @@ def test_all_rows_train_alike(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < differences["project, cached"] <= 1e-5, "rounded to float16"
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_compiled_rows_train_alike() -> None:
+    assert step.main([*TINY, "--num_steps", "20", "--rows", *step.SLOW_TO_START]) == 0
+
+
 def test_all_rows_train_alike_in_bf16() -> None:
     assert step.main([*TINY, "--precision", "bf16-mixed"]) == 0
 
