@@ -36,6 +36,7 @@ from model import Base, build_controlnet, choose_kernels
 LEARNING_RATE = 1e-5
 CLIP_NORM = 1.0
 NUM_BATCHES = 4
+ZERO_CONVOLUTIONS_STD = 0.1
 # How far a row's losses may be from the reference's. fp32: another order of additions, and cached
 # moments rounded to float16. bf16: rounding everywhere.
 TOLERANCES = {"32": 1e-5, "bf16-mixed": 1e-2}
@@ -154,6 +155,11 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
     base = build_base(size)
     torch.manual_seed(0)
     controlnet = build_controlnet(base.unet, stride=STRIDE).to(device)  # type: ignore[call-arg]
+    # As after some training: one that says nothing yet would hide what its input has done to it.
+    embedding = controlnet.controlnet_cond_embedding
+    outputs = (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block)
+    for convolution in (embedding.conv_out, *outputs):
+        torch.nn.init.normal_(convolution.weight, std=ZERO_CONVOLUTIONS_STD)  # type: ignore[arg-type]
     dtype, vae_dtype = FROZEN_DTYPES[args.precision]
     base.to(device, dtype=dtype, vae_dtype=vae_dtype)
     drawn: Any = [
