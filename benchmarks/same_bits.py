@@ -24,10 +24,18 @@ def read_last(run_dir: Path) -> dict[str, Any]:
 
 
 def read_curves(run_dir: Path) -> dict[str, dict[int, float]]:
-    """Return each step's value of everything but the speed."""
+    """Return each step's value of everything but the speed.
+
+    Raises:
+        ValueError: a step stands twice: what came after a resumed checkpoint was not purged.
+    """
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     tags = set(events.Tags()["scalars"]) - {"train/samples_per_second"}
-    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
+    points = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    twice = sorted(tag for tag, pairs in points.items() if len(dict(pairs)) < len(pairs))
+    if twice:
+        raise ValueError(f"a step stands twice in {', '.join(twice)} of {run_dir}")
+    return {tag: dict(pairs) for tag, pairs in points.items()}
 
 
 def list_differences(expected: Any, got: Any, *, at: str) -> list[str]:

@@ -39,7 +39,9 @@ from demo.random_base import (
     write_json,
 )
 from demo.scene_pool import ScenePool
+from inpainting.attention import FittingAttention
 from inpainting.captions import tokenize
+from inpainting.devices import best_device_type, keep_freed_memory
 from inpainting.diffusion import min_snr_weights, normalize_image, prediction_target
 from inpainting.runs import cache_dir
 from lightning_checkpoints import AtomicCheckpointIO
@@ -73,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(log_path)]
     logging.basicConfig(format="%(message)s", handlers=handlers, level=logging.WARNING)
     logger.setLevel(logging.INFO)
+    keep_freed_memory(best_device_type() if args.accelerator == "auto" else args.accelerator)
     pool = ScenePool(work_dir, num_scenes=args.num_scenes, size=SIZE_PX, seed=SEED)
     base_dir = work_dir / "base"
     if not (base_dir / "tokenizer").exists():
@@ -333,7 +336,7 @@ def build_vae() -> AutoencoderKL:
 
 def build_unet() -> UNet2DConditionModel:
     """Build the untrained UNet: convolutions on 16 x 16 cells, attention on 8 x 8."""
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         sample_size=SIZE_PX // 2 ** (len(VAE_CHANNELS) - 1),
         block_out_channels=UNET_CHANNELS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -343,6 +346,8 @@ def build_unet() -> UNet2DConditionModel:
         cross_attention_dim=TEXT_WIDTH,
         norm_num_groups=16,
     )
+    unet.set_attn_processor(FittingAttention())  # type: ignore[arg-type]
+    return unet
 
 
 @torch.no_grad()

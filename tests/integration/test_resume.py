@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shlex
@@ -447,6 +448,7 @@ def test_a_moved_checkpoint_goes_on_in_a_new_folder(
     resumed = run(command, output_dir=tmp_path / "outputs")
     assert resumed.code == 0, resumed.output
     assert "isn't in a run folder" in resumed.output
+    assert json.loads((resumed.run_dir / "run.json").read_text())["origin"] == str(moved)
     assert read_last(resumed.run_dir)["global_step"] == 15
     assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
 

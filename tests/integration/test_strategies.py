@@ -222,13 +222,7 @@ def test_ddp_killed_within_an_epoch_resumes_to_the_same_bits(
     assert 0 < step < STEPS_PER_EPOCH, f"it was to be killed within the first epoch, got {step}"
     resume = ["--resume_from_checkpoint", "last"]
     resumed = run([*TRAIN, *flags, *DDP, *resume], output_dir=output_dir)
-    states = [
-        torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
-        for run_dir in (ddp, resumed)
-    ]
-    for part in ("global_step", "state_dict", "optimizer_states", "loss_sums"):
-        torch.testing.assert_close(states[1][part], states[0][part], rtol=0, atol=0)
-    assert largest_difference(ddp, resumed)[0] == 0
+    assert not compare_runs(ddp, resumed)
 
 
 @pytest.mark.parametrize(

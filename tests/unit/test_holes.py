@@ -185,3 +185,11 @@ def test_blend_returns_exact_bits_at_both_ends(image: np.ndarray) -> None:
     assert np.array_equal(
         mixed[:, 50], np.rint(0.8 * image[:, 50] + 0.2 * fill[:, 50].astype(float))
     )
+
+
+def test_a_picture_may_be_16_times_as_long_as_wide_and_no_more() -> None:
+    holes.check_proportions(16, 256)
+    holes.check_proportions(256, 16)
+    for sides in ((1, 17), (17, 1)):
+        with pytest.raises(ValueError, match="at most 16 times as long"):
+            holes.check_proportions(*sides)
