@@ -306,7 +306,7 @@ def test_ddp_with_everything_resumes_to_the_same_bits(
 ) -> None:
     stateful = [
         *TRAIN, *flags, *DDP, "--accumulate_grad_batches", "2", "--ema_decay", "0.9",
-        "--lr_scheduler", "cosine", "--num_workers", "2", "--num_epochs", "4",
+        "--lr_scheduler", "cosine", "--num_workers", "2", "--num_epochs", "6",
     ]  # fmt: skip
     straight = run(stateful, output_dir=tmp_path / "straight")
     output_dir = tmp_path / "outputs"
