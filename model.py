@@ -181,7 +181,8 @@ def load_base(
 def choose_kernels(vae: AutoencoderKL, unet: UNet2DConditionModel) -> None:
     """Let frozen networks compute by what is fastest; it moves the last bits of the results.
 
-    Channels last make the VAE's convolutions 10 to 25 % faster, and the UNet's no faster.
+    Channels last make the VAE's convolutions 10 to 25 % faster on a CPU, the UNet's no faster
+    (docs/benchmarks).
     """
     nn.Module.to(vae, memory_format=torch.channels_last)  # type: ignore[call-overload]
     unet.set_attn_processor(FittingAttention())  # type: ignore[arg-type]

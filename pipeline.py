@@ -44,7 +44,10 @@ class LoadedPipeline:
 
 
 def load_from_flags(args: argparse.Namespace, *, demo_base: Path) -> LoadedPipeline:
-    """Load what the flags name that infer.py and tools.evaluate share; see `load_pipeline`."""
+    """Load what the flags name that infer.py and tools.evaluate share; see `load_pipeline`.
+
+    On a CPU the process keeps the memory that it frees from now on.
+    """
     device, dtype = choose_device(args.device, precision=args.precision)
     keep_freed_memory(device.type)
     return load_pipeline(

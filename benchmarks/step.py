@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import ControlNetModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
 from benchmarks.networks import SIZES, STRIDE, build_base, draw_batch
@@ -36,7 +37,7 @@ from model import Base, build_controlnet, choose_kernels
 LEARNING_RATE = 1e-5
 CLIP_NORM = 1.0
 NUM_BATCHES = 4
-ZERO_CONVOLUTIONS_STD = 0.1
+ZERO_CONVOLUTIONS_AT = 0.1
 # How far a row's losses may be from the reference's. fp32: another order of additions, and cached
 # moments rounded to float16. bf16: rounding everywhere.
 TOLERANCES = {"32": 1e-5, "bf16-mixed": 1e-2}
@@ -159,7 +160,7 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
     embedding = controlnet.controlnet_cond_embedding
     outputs = (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block)
     for convolution in (embedding.conv_out, *outputs):
-        torch.nn.init.normal_(convolution.weight, std=ZERO_CONVOLUTIONS_STD)  # type: ignore[arg-type]
+        torch.nn.init.normal_(convolution.weight, std=ZERO_CONVOLUTIONS_AT)  # type: ignore[arg-type]
     dtype, vae_dtype = FROZEN_DTYPES[args.precision]
     base.to(device, dtype=dtype, vae_dtype=vae_dtype)
     drawn: Any = [
@@ -169,15 +170,20 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
     batches: Any = [{n: v if n == "prompt" else v.to(device) for n, v in b.items()} for b in drawn]
     cached = [{**batch, "moments": encode(base, batch["image"])} for batch in batches]
 
+    own_base = replace(base, vae=copy.deepcopy(base.vae), unet=copy.deepcopy(base.unet))
+    choose_kernels(own_base.vae, own_base.unet)
+
     def reference(batches: Any = batches, *, is_fused: bool = False) -> Reference:
         network = copy.deepcopy(controlnet)
+        network.set_attn_processor(AttnProcessor2_0())  # type: ignore[arg-type]
         return Reference(base, network, args.precision, batches, is_fused)
 
     def project(batches: Any, *, compile_mode: str = "off") -> Project:
-        own_base = replace(base, vae=copy.deepcopy(base.vae), unet=copy.deepcopy(base.unet))
-        choose_kernels(own_base.vae, own_base.unet)
+        row_base = own_base
+        if compile_mode != "off":  # changes the UNet
+            row_base = replace(own_base, unet=copy.deepcopy(own_base.unet))
         return build_project(
-            own_base, copy.deepcopy(controlnet), batches=batches, precision=args.precision,
+            row_base, copy.deepcopy(controlnet), batches=batches, precision=args.precision,
             compile_mode=compile_mode,
         )  # fmt: skip
 

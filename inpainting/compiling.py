@@ -25,10 +25,10 @@ def compile_step(
     """
     if mode == "off":
         return step
-    import torch._inductor.config
+    import torch._inductor.config  # here: it takes a while, and most runs compile nothing
 
-    # With it torch 2.13 moves the sum over what an upsampling has copied behind its readers, and
-    # gradients become zero without a word.
+    # For the whole process. Reordering, torch 2.13 lets kernels read an upsampling's gradient
+    # before it is summed up, and the ControlNet's innermost gradients become zero.
     torch._inductor.config.reorder_for_peak_memory = False
     if mode == "full":
         return torch.compile(step, dynamic=False)

@@ -59,8 +59,9 @@ def keep_freed_memory(device_type: str) -> None:
     """Let a process that computes on the CPU keep the memory of what it frees.
 
     glibc gives a large tensor's pages back at once, and the next tensor waits until the kernel has
-    cleared new ones: 6 to 15 % of a training step, half of what the VAE takes for a batch
-    (docs/benchmarks). Does nothing where tensors are elsewhere, or without glibc.
+    cleared new ones: 6 to 15 % of a training step, half of what the VAE takes for a batch of 4
+    (docs/benchmarks). It costs a sixth more memory at the peak, for the whole process and those
+    that it forks. Does nothing where tensors are elsewhere, or without glibc.
 
     Args:
         device_type: where the tensors are; "cpu" is the only one that counts.

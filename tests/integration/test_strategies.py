@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.same_bits import compare_runs
+from benchmarks.same_bits import compare_runs, read_curves
 from inpainting.runs import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -174,18 +174,6 @@ def test_ddp_validates_and_logs_like_one_process(one_process: Path, ddp: Path) -
     # In dB, of whole grey levels: the weights' last bits may turn one of them.
     psnr = [curve["val/psnr_hole"] for curve in curves]
     assert psnr[1] == pytest.approx(psnr[0], abs=0.05)
-
-
-def read_curves(run_dir: Path) -> dict[str, dict[int, float]]:
-    """Read the scalars of a run: {tag: {step: value}}."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run_dir))
-    events.Reload()
-    return {
-        tag: {point.step: point.value for point in events.Scalars(tag)}
-        for tag in events.Tags()["scalars"]
-    }
 
 
 def test_two_nodes_by_torchrun_write_one_run_and_end_like_ddp(

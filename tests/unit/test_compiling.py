@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import pytest
 import torch
 from diffusers.models.unets.unet_2d_blocks import UpBlock2D
 
 from inpainting.compiling import compile_step
 
 
-@pytest.mark.parametrize("mode", ["regional", "full"])
-def test_gradients_reach_through_a_frozen_upsampling_block(mode: str) -> None:
+def test_gradients_reach_through_a_frozen_upsampling_block() -> None:
     # Really compiled: the fault that this watches for is made where torch orders its kernels.
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -29,6 +27,6 @@ def test_gradients_reach_through_a_frozen_upsampling_block(mode: str) -> None:
         return torch.autograd.grad(step(*inputs), inputs)
 
     expected = gradients(step)
-    got = gradients(compile_step(step, block, mode=mode))
+    got = gradients(compile_step(step, block, mode="full"))
     assert all(gradient.norm() > 0 for gradient in expected)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
