@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from inpainting.coco import CocoIndex
-from inpainting.coco_records import BadRecordError, compress
+from inpainting.coco_records import BadRecordError, compress, parse_category
 from tests.coco_dataset import HEIGHT, SQUARE, WIDTH, Dataset, Json, captions, counts_of, instances
 
 REAL_DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -237,6 +237,13 @@ def test_of_a_huge_bad_value_little_is_told() -> None:
     with pytest.raises(BadRecordError) as caught:
         compress({"size": nested}, height=HEIGHT, width=WIDTH)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["", " \n", None, 5, ["dog"], "\ud800"])
+def test_a_category_without_a_name_is_refused(name: object) -> None:
+    assert parse_category({"id": 3, "name": " dog "}) == (3, "dog")
+    with pytest.raises(BadRecordError, match='"name" must be a text that is not blank'):
+        parse_category({"id": 3, "name": name})
 
 
 @pytest.mark.parametrize("row", [None, [], "text", 5, [["id", 1]]])
