@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks.networks import SIZES, STRIDE, build_base, draw_batch
+from benchmarks.networks import SIZES, STRIDE, build_base, draw_batch, start_after_zero
 from benchmarks.step import TOLERANCES, Project, build_project
 from benchmarks.timing import describe_machine
 from inpainting.arguments import module_parser
@@ -40,7 +40,7 @@ from lightning_module import FROZEN_DTYPES
 from model import Base, build_controlnet
 
 MIB = 2**20
-ZERO_CONVOLUTIONS_AT = 0.02  # at 0 no gradient would get further than to them
+ZERO_CONVOLUTIONS_AT = 0.02
 PLAIN = "plain"
 CONTROLNET = "ControlNet checkpointed, as diffusers' example does"
 BOTH = "ControlNet and frozen decoder: --gradient_checkpointing"
@@ -137,8 +137,7 @@ def build_networks(args: argparse.Namespace) -> tuple[Base, ControlNetModel]:
         torch.manual_seed(0)
         controlnet = build_controlnet(base.unet, stride=STRIDE)
     controlnet.to(device)  # type: ignore[call-arg]
-    for convolution in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
-        nn.init.normal_(convolution.weight, std=ZERO_CONVOLUTIONS_AT)  # type: ignore[arg-type]
+    start_after_zero(controlnet, std=ZERO_CONVOLUTIONS_AT)
     for network in (base.unet, controlnet):
         network.set_attn_processor(AttnProcessor2_0())  # type: ignore[arg-type]
     dtype, vae_dtype = FROZEN_DTYPES[args.precision]

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from data import Sample
@@ -99,6 +99,16 @@ def write_base(folder: Path, size: Size, *, image_size: int) -> Path:
     build_scheduler("epsilon").save_pretrained(folder / "scheduler")
     write_json(folder / "model_index.json", PIPELINE_INDEX)
     return folder
+
+
+def start_after_zero(controlnet: ControlNetModel, *, std: float) -> None:
+    """Draw the convolutions that start at zero, as if it had been trained for a while.
+
+    At zero no gradient gets further than to them, and what the input does stays hidden.
+    """
+    outputs = (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block)
+    for convolution in (controlnet.controlnet_cond_embedding.conv_out, *outputs):
+        torch.nn.init.normal_(convolution.weight, std=std)  # type: ignore[arg-type]
 
 
 def _build_vae(size: Size) -> AutoencoderKL:

@@ -26,7 +26,7 @@ from diffusers import ControlNetModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
-from benchmarks.networks import SIZES, STRIDE, build_base, draw_batch
+from benchmarks.networks import SIZES, STRIDE, build_base, draw_batch, start_after_zero
 from benchmarks.timing import Spread, describe_machine, ratios, take_turns
 from data import Sample
 from inpainting.arguments import module_parser
@@ -156,11 +156,7 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
     base = build_base(size)
     torch.manual_seed(0)
     controlnet = build_controlnet(base.unet, stride=STRIDE).to(device)  # type: ignore[call-arg]
-    # As after some training: one that says nothing yet would hide what its input has done to it.
-    embedding = controlnet.controlnet_cond_embedding
-    outputs = (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block)
-    for convolution in (embedding.conv_out, *outputs):
-        torch.nn.init.normal_(convolution.weight, std=ZERO_CONVOLUTIONS_AT)  # type: ignore[arg-type]
+    start_after_zero(controlnet, std=ZERO_CONVOLUTIONS_AT)
     dtype, vae_dtype = FROZEN_DTYPES[args.precision]
     base.to(device, dtype=dtype, vae_dtype=vae_dtype)
     drawn: Any = [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+import torch._inductor.config
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -25,8 +27,6 @@ def compile_step(
     """
     if mode == "off":
         return step
-    import torch._inductor.config  # here: it takes a while, and most runs compile nothing
-
     # For the whole process. Reordering, torch 2.13 lets kernels read an upsampling's gradient
     # before it is summed up, and the ControlNet's innermost gradients become zero.
     torch._inductor.config.reorder_for_peak_memory = False
