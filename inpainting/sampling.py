@@ -82,6 +82,11 @@ def make_scheduler(
 ):
     """Build a sampler for the training schedule and its prediction type.
 
+    Its steps are spaced from the last timestep downwards ("trailing"): a fill starts from pure
+    noise, which is what the networks know at that timestep and not at an earlier one.
+    Source: Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed",
+    section 3.3.
+
     Args:
         name: a key of SCHEDULERS.
         noise_scheduler: the schedule that the base was trained with; it isn't touched.
@@ -91,8 +96,9 @@ def make_scheduler(
     """
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {name!r}.")
-    # Latents leave [-1, 1]: DDPM's and DDIM's default of clipping is meant for pixels.
-    overrides = {"clip_sample": False} if name in ("ddpm", "ddim") else {}
+    overrides: dict[str, Any] = {"timestep_spacing": "trailing"}
+    if name in ("ddpm", "ddim"):  # their default of clipping to [-1, 1] is meant for pixels
+        overrides["clip_sample"] = False
     return SCHEDULERS[name].from_config(noise_scheduler.config, **overrides)
 
 

@@ -96,10 +96,13 @@ def test_command_offers_exactly_the_samplers() -> None:
 def test_sampler_follows_the_training_schedule(name: str) -> None:
     trained = DDPMScheduler(
         beta_start=0.001, beta_end=0.02, beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
+        prediction_type="v_prediction", timestep_spacing="leading",
     )  # fmt: skip
-    config = sampling.make_scheduler(name, trained).config
+    sampler = sampling.make_scheduler(name, trained)
+    config = sampler.config
+    sampler.set_timesteps(4)
 
+    assert sampler.timesteps.tolist() == [999, 749, 499, 249], "starts where there is only noise"
     assert config["prediction_type"] == "v_prediction"
     assert (config["beta_start"], config["beta_schedule"]) == (0.001, "scaled_linear")
     assert not config.get("clip_sample", False), "latents must not be clipped to [-1, 1]"
