@@ -20,14 +20,16 @@ OUTPUT_DIR = Path("outputs") / "demo"
 # What makes a ControlNet learn fast on this base: docs/log.md.
 BATCH_SIZE = 32
 TRAINING = (
-    "--learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 30 "
-    "--mask_area_range 0.1 0.5 --empty_prompt_prob 0.1 --val_split 0.02 --num_workers 0 "
+    "--learning_rate 1.5e-3 --lr_scheduler cosine --lr_warmup_steps 30 "
+    "--mask_types irregular=0.35,rectangle=0.25,object=0.4 --mask_area_range 0.1 0.5 "
+    "--empty_prompt_prob 0.1 --val_split 0.02 --num_workers 0 "
     "--num_epochs 1000 --save_every_n_epochs 1000 --log_every_n_steps 20"
 )
-NUM_STEPS, NUM_PICTURES = 1000, 64
-SLOW_NUM_STEPS = 450  # where the CPU doesn't compute in bf16: ten minutes as well
+NUM_STEPS, NUM_PICTURES = 3300, 64
+TRAINING_S = 660  # a slower CPU takes fewer steps
+STEP_PER_PACE = 1.3  # a step has more to do than the networks, and two processes share a memory
 EVALUATION = (
-    "--hole_kinds medium thick --num_samples 1 --guidance_scale 1.5 --num_inference_steps 10"
+    "--hole_kinds medium thick --num_samples 1 --guidance_scale 1.5 --num_inference_steps 3"
 )
 
 
@@ -36,12 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     parser.add_argument(
         "--max_steps", type=int,
-        help=f"optimizer steps (default {NUM_STEPS}; {SLOW_NUM_STEPS} on a CPU without bf16)",
+        help=f"optimizer steps (default: what fits into {TRAINING_S // 60} minutes of training, "
+        f"{NUM_STEPS} at the most)",
     )  # fmt: skip
     parser.add_argument("--num_pictures", type=int, default=NUM_PICTURES, help="to evaluate on")
     args = parser.parse_args(argv)
-    precision, is_fast = fast_precision()
-    num_steps = args.max_steps or (NUM_STEPS if is_fast else SLOW_NUM_STEPS)
+    precision, num_steps = choose_training()
+    num_steps = args.max_steps or num_steps
     status = run_command(
         "train_lightning.py",
         f"{split_batch()} {TRAINING} --precision {precision} "
@@ -64,22 +67,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def fast_precision() -> tuple[str, bool]:
-    """Return --precision, bf16 for a CPU that computes in it, and whether this machine is fast."""
+def choose_training() -> tuple[str, int]:
+    """Return --precision and the number of steps: on a CPU, what fits into `TRAINING_S`."""
     import torch
 
     if torch.accelerator.is_available():
-        return "auto", True
-    capabilities = torch.cpu.get_capabilities()
-    computes = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return ("bf16-mixed", True) if computes else ("auto", False)
+        return "auto", NUM_STEPS
+    from demo.pace import measure_pace
+
+    print("measuring how fast this CPU trains", flush=True)
+    paces = measure_pace(batch_size=BATCH_SIZE // num_processes())
+    precision = min(paces, key=paces.__getitem__)
+    return precision, min(NUM_STEPS, int(TRAINING_S / (paces[precision] * STEP_PER_PACE)))
+
+
+def num_processes() -> int:
+    """Return how many train: one on a GPU, one on each of two cores: faster than two threads."""
+    import torch
+
+    is_one = torch.accelerator.is_available() or (os.cpu_count() or 1) < 2
+    return 1 if is_one else 2
 
 
 def split_batch() -> str:
-    """Return flags for one GPU, or for a process on each of two cores: faster than two threads."""
-    import torch
-
-    if torch.accelerator.is_available() or (os.cpu_count() or 1) < 2:
+    """Return the flags that share `BATCH_SIZE` among the processes."""
+    if num_processes() == 1:
         return f"--batch_size {BATCH_SIZE}"
     return f"--batch_size {BATCH_SIZE // 2} --devices 2 --strategy ddp"
 

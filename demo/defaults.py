@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from demo.scenes import write_scenes
 
 BASE_DIR = Path(__file__).resolve().parent / "base"  # made by demo.train_base
-NUM_SCENES = 2048
+NUM_SCENES = 8192
 SCENE_SIZE_PX = 64
 TRAINING_SEED, UNSEEN_SEED = 0, 1  # of the demo; neither is the base's
 # Part of the folders' names: raise it when the drawings change.
