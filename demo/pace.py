@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from statistics import median
 
 import torch
 
 from demo.defaults import BASE_DIR, SCENE_SIZE_PX
+from inpainting.captions import tokenize
 from inpainting.devices import DTYPES, keep_freed_memory
 from model import Base, build_controlnet, load_base, predict_noise
 
@@ -17,22 +20,24 @@ NUM_TIMED = 3
 def measure_pace(*, batch_size: int) -> dict[str, float]:
     """Time the networks of a training step on one thread of the CPU, in seconds by --precision.
 
-    Not all CPUs that can compute in bf16 are faster in it, and none says how fast it is.
+    Not all CPUs that can compute in bf16 are faster in it, and none says how fast it is. It happens
+    in a process of its own, which takes its memory with it: the caller waits while others train.
 
     Args:
         batch_size: of the step; what the pictures show doesn't matter.
     """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(_time_steps, batch_size).result()
+
+
+def _time_steps(batch_size: int) -> dict[str, float]:
     keep_freed_memory("cpu")
-    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        base = load_base(str(BASE_DIR))
-        return {
-            name: _time_step(base, dtype=DTYPES[name], batch_size=batch_size)
-            for name in ("32", "bf16-mixed")
-        }
-    finally:
-        torch.set_num_threads(num_threads)
+    base = load_base(str(BASE_DIR))
+    return {
+        name: _time_step(base, dtype=DTYPES[name], batch_size=batch_size)
+        for name in ("32", "bf16-mixed")
+    }
 
 
 def _time_step(base: Base, *, dtype: torch.dtype, batch_size: int) -> float:
@@ -40,7 +45,7 @@ def _time_step(base: Base, *, dtype: torch.dtype, batch_size: int) -> float:
     controlnet = build_controlnet(base.unet, stride=base.stride)
     side = SCENE_SIZE_PX // base.stride
     latents = torch.zeros(batch_size, base.unet.config["in_channels"], side, side)
-    hidden_states = base.encode_prompt(torch.zeros(batch_size, 77, dtype=torch.int64))
+    hidden_states = base.encode_prompt(tokenize(base.tokenizer, "").expand(batch_size, -1))
     seconds = []
     for _ in range(1 + NUM_TIMED):
         start = time.perf_counter()
