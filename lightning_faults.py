@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -54,12 +55,32 @@ def explain(error: BaseException, *, run_dir: Path) -> str | None:
     if isinstance(error, OSError) and error.errno in SYSTEM_ERRNOS:
         place = error.filename or run_dir
         return f"{error.strerror}: {place}: {SYSTEM_ERRNOS[error.errno]}"
-    if "DataLoader worker (pid" in str(error):  # not what one of them raised
+    if is_lost_worker(error):
         reason = " ".join(str(error).split())
         return f"a loader process died, perhaps for want of memory ({reason}): lower --num_workers"
     if is_lost_process(error):
         return "another process of this run is gone"
     return None
+
+
+def is_lost_worker(error: BaseException | None) -> bool:
+    """Whether this is what torch raises when a loader process ended, not what one raised."""
+    return "DataLoader worker (pid" in str(error)
+
+
+def say_lost_workers_once() -> None:
+    """Leave a loader process's end to the loader, which asks every 5 seconds whether all live.
+
+    torch raises it from a signal's handler too, wherever the main thread is: Python can't let it
+    out of a finalizer, and prints it there with its traceback.
+    """
+    hook = sys.unraisablehook
+
+    def say(dropped: sys.UnraisableHookArgs) -> None:
+        if not is_lost_worker(dropped.exc_value):
+            hook(dropped)
+
+    sys.unraisablehook = say
 
 
 def is_lost_process(error: BaseException) -> bool:

@@ -232,8 +232,9 @@ def train(run: Run) -> int:
     """Fit, export, and say where the results are; returns the exit code."""
     from data import UnreadablePictureError
     from lightning_checkpoints import StoppedBySignal
-    from lightning_faults import end_others
+    from lightning_faults import end_others, say_lost_workers_once
 
+    say_lost_workers_once()
     if run.args.find_lr:
         return _find_lr(run)
     try:

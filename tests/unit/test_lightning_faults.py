@@ -5,16 +5,27 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import lightning_faults
 from inpainting.finite import NotFiniteError
-from lightning_faults import SYSTEM_ERRNOS, EndTogether, explain, is_lost_process
+from lightning_faults import (
+    SYSTEM_ERRNOS,
+    EndTogether,
+    explain,
+    is_lost_process,
+    say_lost_workers_once,
+)
 
 GLOO = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:29500"
 
@@ -54,6 +65,40 @@ def test_each_refusal_of_the_system_says_what_to_do(number) -> None:
 def test_a_fault_of_ours_is_not_explained_away(error) -> None:
     assert explain(error, run_dir=Path()) is None
     assert not is_lost_process(error)
+
+
+class _RaisesInAFinalizer:
+    """What its finalizer raises can go nowhere: Python prints it."""
+
+    def __init__(self, fault: Callable[[], object]) -> None:
+        self.fault = fault
+
+    def __del__(self) -> None:
+        self.fault()
+
+
+def test_a_loader_process_that_dies_while_a_finalizer_runs_is_told_once_and_by_the_loader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: printed.append(dropped.exc_type))
+    say_lost_workers_once()
+    batches = iter(DataLoader(range(100), num_workers=1))  # type: ignore[arg-type]
+    (worker,) = batches._workers  # type: ignore[attr-defined]
+
+    def kill() -> None:
+        os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(10)  # until the signal of its end, whose handler raises
+
+    before = time.monotonic()
+    _RaisesInAFinalizer(kill)
+    assert time.monotonic() - before < 10, "nothing was raised in the finalizer"
+    with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
+        list(batches)
+    assert explain(caught.value, run_dir=Path()) is not None
+    assert not printed
+    _RaisesInAFinalizer(lambda: 1 / 0)
+    assert printed == [ZeroDivisionError]
 
 
 @pytest.mark.parametrize(
