@@ -6,9 +6,6 @@ draws nothing. Each number is addressed by (seed, epoch, image id), see inpainti
 
 from __future__ import annotations
 
-import errno
-import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,20 +24,13 @@ from inpainting.images import crop_box, resize_image, resize_mask
 from inpainting.latents import NO_SLOT, MomentsCache, Slot, tag_pixels
 from inpainting.masks import draw_mask
 from inpainting.randomness import generator
-
-logger = logging.getLogger(__name__)
+from inpainting.unreadable import UnreadablePictureError, UnreadablePictures
 
 # Validation asks the same questions in every run, whatever --seed: runs can be compared.
 VALIDATION_SEED = 20_230_210
 # Runs with different seeds cut the same crops, in another order: they can share a cache.
 CROP_SEED = VALIDATION_SEED
 CENTRE_VIEW = 0
-
-# Errors that belong to the moment, not to the picture: it is read again, after so many seconds.
-PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
-PAUSES_S = (1.0, 5.0)
-# Errors of the machine: to leave pictures out for them would hide a fault.
-MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Sample(TypedDict):
@@ -118,61 +108,6 @@ class Cut:
     mask: np.ndarray
     prompt: str
     view: int
-
-
-class UnreadablePictureError(ValueError):
-    """A picture can't be read, and none may take its place."""
-
-    def __str__(self) -> str:
-        """Leave out the traceback that an error brings along from a loader process."""
-        return super().__str__().rpartition("UnreadablePictureError: ")[2].strip()
-
-
-class UnreadablePictures:
-    """Which pictures turned out to be unreadable: one byte a row that loader processes share.
-
-    Args:
-        num_rows: of the index.
-        known: the rows that are known to be, and have been named.
-        is_error: refuse the first one that isn't known (--strict_data).
-    """
-
-    def __init__(self, num_rows: int, *, known: Sequence[int] = (), is_error: bool) -> None:
-        self.flags = torch.zeros(num_rows, dtype=torch.uint8).share_memory_()
-        self.flags[list(known)] = 1
-        self.is_error = is_error
-
-    def __contains__(self, row: int) -> bool:
-        return bool(self.flags[row])
-
-    def add(self, row: int, reason: Exception) -> None:
-        """Leave a picture out from now on, and name it.
-
-        Raises:
-            UnreadablePictureError: none may be left out.
-        """
-        if self.is_error:
-            raise UnreadablePictureError(f"--strict_data: {reason}") from reason
-        if row not in self:
-            self.flags[row] = 1
-            logger.warning("left out: %s", reason)
-
-    def open_picture(self, index: CocoIndex, row: int) -> Image.Image | None:
-        """Open a picture; None where it can't be read, which is said the first time.
-
-        Raises:
-            UnreadablePictureError: none may be left out.
-            OSError: the machine is out of files or memory.
-        """
-        if row in self:
-            return None
-        try:
-            return _open_patiently(index, row)
-        except (ValueError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
-                raise
-            self.add(row, error)
-        return None
 
 
 class CocoInpaintingDataset(Dataset[Sample]):
@@ -329,18 +264,6 @@ def _address(rule: SampleRule, *, is_training: bool) -> Callable[..., np.random.
     if is_training:
         return partial(generator, rule.seed)
     return lambda purpose, _, image_id: generator(VALIDATION_SEED, purpose, 0, image_id)
-
-
-def _open_patiently(index: CocoIndex, row: int) -> Image.Image:
-    """Open a picture, again where the disk or the network stumbles."""
-    for pause_s in PAUSES_S:
-        try:
-            return index.open_picture(row)
-        except OSError as error:
-            if error.errno not in PASSING_ERRORS:
-                raise
-            time.sleep(pause_s)
-    return index.open_picture(row)
 
 
 def _read_moments(

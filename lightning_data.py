@@ -22,10 +22,11 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import CLIPTokenizer
 
-from data import CocoInpaintingDataset, Sample, SampleRule, UnreadablePictures
+from data import CocoInpaintingDataset, Sample, SampleRule
 from inpainting.coco import CocoIndex
 from inpainting.latents import MomentsCache
 from inpainting.randomness import generator
+from inpainting.unreadable import UnreadablePictures
 
 logger = logging.getLogger(__name__)
 

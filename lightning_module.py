@@ -25,6 +25,7 @@ from inpainting.diffusion import (
 )
 from inpainting.finite import FiniteSteps
 from inpainting.latents import NO_SLOT, MomentsCache, Slot
+from inpainting.optimizers import build_adamw, set_rates
 from inpainting.validation import losses_by_place, summarize_losses
 from model import Base, predict_noise
 
@@ -152,24 +153,18 @@ class InpaintingControlNet(pl.LightningModule):
         self.finite_steps.to(self.device)
 
     def on_train_start(self) -> None:
-        """Train without the VAE, after the sanity check; let a resumed run's own flags rule.
-
-        A checkpoint has the optimizer and the schedule of the old ones. Whatever didn't change gets
-        the same bits again.
-        """
+        """Train without the VAE, after the sanity check; let a resumed run's own flags rule."""
         self._put_vae_away()
         self._num_steps, self._num_skipped = self.trainer.global_step, self._count_skipped()
         if not self._is_resumed:
             return
         (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
-        schedule = cast(LambdaLR, config.scheduler)
-        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-        schedule.base_lrs = [self.learning_rate] * len(factors)
-        schedule._last_lr = [self.learning_rate * factor for factor in factors]
-        for group, learning_rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
-            group["initial_lr"] = self.learning_rate
-            group["lr"] = learning_rate
-            group["weight_decay"] = self.adam_weight_decay
+        set_rates(
+            optimizer,
+            schedule=cast(LambdaLR, config.scheduler),
+            learning_rate=self.learning_rate,
+            weight_decay=self.adam_weight_decay,
+        )
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Count DeepSpeed's steps, where the average's callback hasn't."""
@@ -319,7 +314,16 @@ class InpaintingControlNet(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the ControlNet, and diffusers' schedule in optimizer steps."""
-        optimizer = self._build_optimizer()
+        strategy = self.trainer.strategy
+        optimizer = build_adamw(
+            [p for p in self.controlnet.parameters() if p.requires_grad],
+            learning_rate=self.learning_rate,
+            weight_decay=self.adam_weight_decay,
+            use_8bit_adam=self.use_8bit_adam,
+            is_on_cpu=isinstance(strategy, DeepSpeedStrategy) and _offloads_optimizer(strategy),
+            # Under fp16 a fused one would unscale by itself: Lightning then refuses to clip.
+            is_fused=self.device.type in ("cpu", "cuda") and self.precision != "16-mixed",
+        )
         schedule = get_scheduler(
             self.lr_scheduler,
             optimizer=optimizer,
@@ -330,32 +334,6 @@ class InpaintingControlNet(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1},
         }
-
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        parameters = [p for p in self.controlnet.parameters() if p.requires_grad]
-        strategy = self.trainer.strategy
-        if isinstance(strategy, DeepSpeedStrategy) and _offloads_optimizer(strategy):
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            return DeepSpeedCPUAdam(
-                parameters,
-                lr=self.learning_rate,
-                weight_decay=self.adam_weight_decay,  # type: ignore[arg-type]
-            )
-        settings: dict[str, Any] = {
-            "lr": self.learning_rate,
-            "betas": (0.9, 0.999),
-            "weight_decay": self.adam_weight_decay,
-            "eps": 1e-8,
-        }
-        if self.use_8bit_adam:
-            from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]  # optional
-
-            return AdamW8bit(parameters, **settings)
-        # One fused kernel instead of hundreds; under fp16 it would unscale by itself, and
-        # Lightning then refuses to clip.
-        is_fused = self.device.type in ("cpu", "cuda") and self.precision != "16-mixed"
-        return torch.optim.AdamW(parameters, **settings, fused=is_fused)
 
     def configure_gradient_clipping(
         self,

@@ -19,7 +19,7 @@ import transformers
 from diffusers import ControlNetModel
 from PIL import features
 
-from data import SampleRule, UnreadablePictures
+from data import SampleRule
 from inpainting.changes import CHANGES_BITS, check_can_go_on, list_changes, run_state
 from inpainting.checkpoints import base_hash
 from inpainting.coco import CocoIndex
@@ -39,6 +39,7 @@ from inpainting.runs import (
     run_dir_of,
     write_run_json,
 )
+from inpainting.unreadable import UnreadablePictures
 from lightning_checkpoints import KeepRunFolder
 from lightning_data import InpaintingDataModule, ResumePosition
 from lightning_module import FROZEN_DTYPES, InpaintingControlNet

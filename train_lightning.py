@@ -230,7 +230,7 @@ def _print_dry_run(args: argparse.Namespace, *, config: BaseConfig, num_images: 
 
 def train(run: Run) -> int:
     """Fit, export, and say where the results are; returns the exit code."""
-    from data import UnreadablePictureError
+    from inpainting.unreadable import UnreadablePictureError
     from lightning_checkpoints import StoppedBySignal
     from lightning_faults import end_others, say_lost_workers_once
 

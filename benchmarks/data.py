@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from transformers import CLIPTokenizer
 
 import data
 from benchmarks.timing import Spread, describe_machine
-from data import CocoInpaintingDataset, Sample, SampleRule, UnreadablePictures
+from data import CocoInpaintingDataset, Sample, SampleRule
 from demo.defaults import Scenes
 from demo.random_base import write_byte_tokenizer
 from demo.scenes import write_scenes
@@ -31,48 +31,49 @@ from inpainting.arguments import module_parser
 from inpainting.coco import CocoIndex
 from inpainting.latents import NO_SLOT, MomentsCache, Slot
 from inpainting.runs import cache_dir
+from inpainting.unreadable import UnreadablePictures
 
 STRIDE = 8
-# What data.py calls, and what the table says of it.
-STAGES = {
-    "_open_patiently": "read and decode",
-    "resize_image": "cut and resize",
-    "draw_mask": "draw the hole",
-    "choose_prompt": "choose the prompt",
-    "tokenize": "tokenize",
-    "tag_pixels": "hash the pixels",
-    "_read_moments": "look up the moments, without the hash",
+# What the table says, and whose function it is that data.py calls.
+STAGES: dict[str, tuple[object, str]] = {
+    "read and decode": (UnreadablePictures, "open_picture"),
+    "cut and resize": (data, "resize_image"),
+    "draw the hole": (data, "draw_mask"),
+    "choose the prompt": (data, "choose_prompt"),
+    "tokenize": (data, "tokenize"),
+    "hash the pixels": (data, "tag_pixels"),
+    "look up the moments, without the hash": (data, "_read_moments"),
 }
 REST = "random numbers and the rest"
 MIXTURE = {"irregular": 0.5, "rectangle": 0.2, "object": 0.3}
 
 
 @contextmanager
-def timed_stages(names: Sequence[str]) -> Iterator[dict[str, float]]:
-    """Yield the ms that data.py's functions have taken, each without the stages within it."""
+def timed_stages(stages: Mapping[str, tuple[object, str]]) -> Iterator[dict[str, float]]:
+    """Yield the ms that each stage has taken, without the stages within it."""
     totals: dict[str, float] = defaultdict(float)
-    originals = {name: getattr(data, name) for name in names}
+    originals = {stage: getattr(owner, name) for stage, (owner, name) in stages.items()}
     inner_ms = [0.0]
 
-    def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
             inner_ms.append(0.0)
             start = time.thread_time()
             result = function(*args, **kwargs)
             elapsed = (time.thread_time() - start) * 1e3
-            totals[name] += elapsed - inner_ms.pop()
+            totals[stage] += elapsed - inner_ms.pop()
             inner_ms[-1] += elapsed
             return result
 
         return timed
 
-    for name, function in originals.items():
-        setattr(data, name, wrap(name, function))
+    for stage, (owner, name) in stages.items():
+        setattr(owner, name, wrap(stage, originals[stage]))
     try:
         yield totals
     finally:
-        for name, function in originals.items():
-            setattr(data, name, function)
+        for stage, (owner, name) in stages.items():
+            setattr(owner, name, originals[stage])
 
 
 def measure(dataset: CocoInpaintingDataset, *, num_samples: int) -> dict[str, list[float]]:
@@ -80,12 +81,12 @@ def measure(dataset: CocoInpaintingDataset, *, num_samples: int) -> dict[str, li
     times: dict[str, list[float]] = defaultdict(list)
     for number in range(num_samples):
         address = divmod(number, len(dataset))
-        with timed_stages([*STAGES]) as stages:
+        with timed_stages(STAGES) as stages:
             start = time.thread_time()
             dataset[address]
             total = (time.thread_time() - start) * 1e3
         for name in STAGES:
-            times[STAGES[name]].append(stages[name])
+            times[name].append(stages[name])
         times[REST].append(total - sum(stages.values()))
         times["total"].append(total)
     return times

@@ -21,15 +21,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.coco_like import COCO_NUM_PICTURES, write_coco_like
 from benchmarks.networks import SIZES, write_base
-from benchmarks.timing import Spread, describe_machine, ratios, take_turns
+from benchmarks.timing import Spread, describe_machine, take_turns
 from demo.defaults import Scenes
 from inpainting.arguments import module_parser
 from inpainting.coco import CocoIndex
 from inpainting.flags import build_parser as build_training_parser
+from inpainting.metrics import bootstrap_interval
 from inpainting.quiet import quiet_libraries
 
 IMAGE_SIZE = 512
@@ -195,10 +197,17 @@ def print_samples(
         measure_samples, folders, base, args.num_rounds, args.num_samples, cache=cache
     )
     smallest = min(times)
-    print("\n| pictures | CPU ms per sample (quartiles) | as fast as the smallest |\n|---|---|---|")
+    print(
+        "\n| pictures | CPU ms per sample (quartiles) | as fast as the smallest (quartiles) | "
+        "mean, 95 % interval |\n|---|---|---|---|"
+    )
     for num_pictures, values in times.items():
-        ratio = ratios(times[smallest], values)
-        print(f"| {num_pictures:,} | {Spread.of(values)} | {ratio} |", flush=True)
+        speeds = np.divide(times[smallest], values)
+        low, high = bootstrap_interval(speeds, seed=0)
+        print(
+            f"| {num_pictures:,} | {Spread.of(values)} | {Spread.of(speeds)} | "
+            f"{speeds.mean():.3f} ({low:.3f}-{high:.3f}) |", flush=True,
+        )  # fmt: skip
 
 
 def print_workers(
@@ -224,7 +233,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of each data set (default 1000 10000 118287)",
     )  # fmt: skip
     add("--num_workers", type=int, nargs="+", default=[1, 2, 4], help="(default 1 2 4)")
-    add("--num_rounds", type=int, default=10, help="(default 10)")
+    add("--num_rounds", type=int, default=60, help="(default 60)")
     add("--num_samples", type=int, default=100, help="a round (default 100)")
     add("--work_dir", help="where the data are written (default the system's temporary folder)")
     return parser

@@ -12,7 +12,9 @@ import os
 import shlex
 import subprocess
 import sys
+from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +29,6 @@ TRAINING = (
 )
 NUM_STEPS, NUM_PICTURES = 3300, 64
 TRAINING_S = 660  # a slower CPU takes fewer steps
-STEP_PER_PACE = 1.3  # a step has more to do than the networks, and two processes share a memory
 EVALUATION = (
     "--hole_kinds medium thick --num_samples 1 --guidance_scale 1.5 --num_inference_steps 3"
 )
@@ -76,9 +77,12 @@ def choose_training() -> tuple[str, int]:
     from demo.pace import measure_pace
 
     print("measuring how fast this CPU trains", flush=True)
-    paces = measure_pace(batch_size=BATCH_SIZE // num_processes())
-    precision = min(paces, key=paces.__getitem__)
-    return precision, min(NUM_STEPS, int(TRAINING_S / (paces[precision] * STEP_PER_PACE)))
+    num = num_processes()
+    paces = measure_pace(batch_size=BATCH_SIZE // num, num_processes=num)
+    precision = min(paces, key=lambda name: paces[name].step_s)
+    training_s = partial(paces[precision].training_s, batch_size=BATCH_SIZE, num_processes=num)
+    num_steps = bisect_right(range(NUM_STEPS + 1), TRAINING_S, key=training_s) - 1
+    return precision, max(num_steps, 1)
 
 
 def num_processes() -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from demo.backdrops import (
     LAKE_SHORE,
@@ -53,7 +54,7 @@ def write_scenes(folder: str | Path, *, num_scenes: int, size: int, seed: int) -
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
     images, instances, captions = [], [], []
-    for index in range(num_scenes):
+    for index in tqdm(range(num_scenes), desc="drawing scenes", leave=False, disable=None):
         picture, labels, plan = draw_scene(index, size=size, seed=seed)
         image_id, file_name = index + 1, f"{index + 1:012d}.png"
         Image.fromarray(picture).save(folder / "images" / file_name, compress_level=4)

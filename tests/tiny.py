@@ -13,12 +13,13 @@ import torch
 from diffusers import ControlNetModel
 from transformers import CLIPTokenizer
 
-from data import CocoInpaintingDataset, Sample, SampleRule, UnreadablePictures
+from data import CocoInpaintingDataset, Sample, SampleRule
 from demo.defaults import Scenes
 from demo.random_base import write_random_base
 from demo.scenes import write_scenes
 from inpainting.coco import CocoIndex
 from inpainting.latents import MomentsCache
+from inpainting.unreadable import UnreadablePictures
 from lightning_module import InpaintingControlNet
 from model import Base, build_controlnet, load_base
 

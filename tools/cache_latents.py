@@ -58,8 +58,9 @@ def fill(args: argparse.Namespace) -> None:
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    from data import MissingViews, UnreadablePictures
+    from data import MissingViews
     from inpainting.inspection import open_training_data
+    from inpainting.unreadable import UnreadablePictures
     from lightning_data import split_rows
     from lightning_module import FROZEN_DTYPES
     from lightning_run import describe_moments_cache, open_moments_cache, sample_rule

@@ -15,17 +15,13 @@ import torch
 from PIL import Image
 
 import data
-from data import (
-    CocoInpaintingDataset,
-    MissingViews,
-    Sample,
-    UnreadablePictureError,
-    UnreadablePictures,
-)
+from data import CocoInpaintingDataset, MissingViews, Sample
+from inpainting import unreadable
 from inpainting.coco import CocoIndex
 from inpainting.latents import NO_SLOT, MomentsCache, Slot
 from inpainting.masks import dilate
 from inpainting.randomness import generator
+from inpainting.unreadable import UnreadablePictureError, UnreadablePictures
 from tests import tiny
 
 RED = (255, 0, 0)
@@ -370,7 +366,7 @@ class FailingDisk:
         self._open = CocoIndex.open_picture
         self._number = number
         monkeypatch.setattr(CocoIndex, "open_picture", lambda index, row: self.open(index, row))
-        monkeypatch.setattr(data.time, "sleep", self.pauses.append)
+        monkeypatch.setattr(unreadable.time, "sleep", self.pauses.append)
 
     def open(self, index: CocoIndex, row: int) -> Image.Image:
         if self._left:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from data import UnreadablePictures
 from inpainting.coco import CocoIndex
+from inpainting.unreadable import UnreadablePictures
 from lightning_data import (
     CountUnreadable,
     EpochBatchSampler,

@@ -1,0 +1,71 @@
+"""AdamW in its kinds: fused, in 8 bits, on the CPU; and new rates for one that was resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def build_adamw(
+    parameters: Sequence[nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    use_8bit_adam: bool,
+    is_on_cpu: bool,
+    is_fused: bool,
+) -> torch.optim.Optimizer:
+    """Build the AdamW that a run asks for.
+
+    Source: Loshchilov and Hutter 2019; betas and eps are those of diffusers' example.
+
+    Args:
+        parameters: what is trained.
+        learning_rate: peak learning rate.
+        weight_decay: decoupled weight decay.
+        use_8bit_adam: keep the moments in 8 bits (bitsandbytes).
+        is_on_cpu: DeepSpeed has moved parameters and moments there; goes before the others.
+        is_fused: one kernel instead of hundreds, where the device has it.
+    """
+    settings: dict[str, Any] = {
+        "lr": learning_rate, "betas": (0.9, 0.999), "weight_decay": weight_decay, "eps": 1e-8
+    }  # fmt: skip
+    if is_on_cpu:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(parameters, **settings)
+    if use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]  # optional
+
+        return AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, **settings, fused=is_fused)
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer,
+    *,
+    schedule: LambdaLR,
+    learning_rate: float,
+    weight_decay: float,
+) -> None:
+    """Give an optimizer and its schedule, both as a checkpoint has them, a run's own rates.
+
+    Where they are the checkpoint's, every group gets the same bits again.
+
+    Args:
+        optimizer: changed.
+        schedule: changed; it stays at its step.
+        learning_rate: peak learning rate.
+        weight_decay: decoupled weight decay.
+    """
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    schedule.base_lrs = [learning_rate] * len(factors)
+    schedule._last_lr = [learning_rate * factor for factor in factors]
+    for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
+        group["initial_lr"] = learning_rate
+        group["lr"] = rate
+        group["weight_decay"] = weight_decay
