@@ -211,6 +211,7 @@ def describe_settings(
 ) -> dict[str, object]:
     """Return all that the numbers depend on; another evaluation can't go on in its folder."""
     from inpainting.checkpoints import base_hash
+    from inpainting.sampling import FILL_VERSION
 
     names = ("image_dir", "ann_file", "caption_file", "num_pictures", "hole_kinds", "num_samples",
              "scheduler", "num_inference_steps", "guidance_scale", "empty_prompt", "seed",
@@ -218,6 +219,7 @@ def describe_settings(
     return {
         **{name: getattr(args, name) for name in names},
         "image_size": image_size,
+        "fill_version": FILL_VERSION,
         "base": loaded.base.name,
         "base_sha256": base_hash(loaded.base.unet),
         "controlnet_sha256": base_hash(loaded.pipeline.controlnet),  # type: ignore[arg-type]

@@ -163,14 +163,32 @@ def test_a_fill_meets_the_edge_and_stays_itself_further_in() -> None:
     assert np.array_equal(met, holes.meet_edge(fill, image=changed, mask=mask, width_px=4))
 
 
-def test_a_fill_that_is_right_outside_the_hole_isnt_changed() -> None:
+def test_a_fill_that_is_right_outside_the_hole_changes_right_behind_its_edge_alone() -> None:
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     mask = np.zeros((32, 32), np.uint8)
     mask[5:20, 8:30] = 1
     fill = np.where(mask[..., None] == 1, np.uint8(9), image)
-    assert np.array_equal(holes.meet_edge(fill, image=image, mask=mask, width_px=8), fill)
+    met = holes.meet_edge(fill, image=image, mask=mask, width_px=8)
+    assert np.array_equal(met[7:18, 10:28], fill[7:18, 10:28]), "two pixels: a quarter of 8"
+    assert np.array_equal(met[mask == 0], image[mask == 0])
     nothing_known = np.ones_like(mask)
     assert np.array_equal(holes.meet_edge(fill, image=image, mask=nothing_known, width_px=8), fill)
+
+
+@pytest.mark.parametrize(
+    ("width_px", "expected"),
+    [(4, [150, 100, 100, 100]), (8, [150, 125, 100, 100]), (16, [150, 137, 125, 112, 100])],
+)
+def test_right_behind_the_edge_the_known_colours_count_as_much_as_the_drawing(
+    width_px: int, expected: list[int]
+) -> None:
+    """The drawing steps from 200 to 100 exactly at the edge: a seam, or what was there."""
+    image = np.full((32, 32, 3), 200, np.uint8)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:, 8:] = 1
+    fill = np.where(mask[..., None] == 1, np.uint8(100), image)
+    met = holes.meet_edge(fill, image=image, mask=mask, width_px=width_px)
+    assert met[16, 8 : 8 + len(expected), 0].tolist() == pytest.approx(expected, abs=1)
 
 
 def test_blend_returns_exact_bits_at_both_ends(image: np.ndarray) -> None:
