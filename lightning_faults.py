@@ -68,8 +68,8 @@ def is_lost_worker(error: BaseException | None) -> bool:
     return "DataLoader worker (pid" in str(error)
 
 
-def say_lost_workers_once() -> None:
-    """Leave a loader process's end to the loader, which asks every 5 seconds whether all live.
+def leave_lost_workers_to_the_loader() -> None:
+    """Let finalizers not tell of a loader process's end: the loader asks every 5 s who lives.
 
     torch raises it from a signal's handler too, wherever the main thread is: Python can't let it
     out of a finalizer, and prints it there with its traceback.

@@ -320,7 +320,7 @@ class InpaintingControlNet(pl.LightningModule):
             learning_rate=self.learning_rate,
             weight_decay=self.adam_weight_decay,
             use_8bit_adam=self.use_8bit_adam,
-            is_on_cpu=isinstance(strategy, DeepSpeedStrategy) and _offloads_optimizer(strategy),
+            is_offloaded=isinstance(strategy, DeepSpeedStrategy) and _offloads_optimizer(strategy),
             # Under fp16 a fused one would unscale by itself: Lightning then refuses to clip.
             is_fused=self.device.type in ("cpu", "cuda") and self.precision != "16-mixed",
         )

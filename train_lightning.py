@@ -232,9 +232,9 @@ def train(run: Run) -> int:
     """Fit, export, and say where the results are; returns the exit code."""
     from inpainting.unreadable import UnreadablePictureError
     from lightning_checkpoints import StoppedBySignal
-    from lightning_faults import end_others, say_lost_workers_once
+    from lightning_faults import end_others, leave_lost_workers_to_the_loader
 
-    say_lost_workers_once()
+    leave_lost_workers_to_the_loader()
     if run.args.find_lr:
         return _find_lr(run)
     try:

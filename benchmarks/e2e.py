@@ -233,7 +233,7 @@ def describe(place: Place, times: dict[str, list[float]]) -> str:
         "|---|---|---|",
     ]
     for name, values in times.items():
-        lines.append(f"| {name} | {Spread.of(values)} | {ratios(times[PEER], values)} |")
+        lines.append(f"| {name} | {Spread.of(values)} | {Spread.of(ratios(times[PEER], values))} |")
     return "\n".join(lines)
 
 

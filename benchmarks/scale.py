@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ import torch
 
 from benchmarks.coco_like import COCO_NUM_PICTURES, write_coco_like
 from benchmarks.networks import SIZES, write_base
-from benchmarks.timing import Spread, describe_machine, take_turns
+from benchmarks.timing import Spread, describe_machine, ratios, take_turns
 from demo.defaults import Scenes
 from inpainting.arguments import module_parser
 from inpainting.coco import CocoIndex
@@ -202,11 +203,11 @@ def print_samples(
         "mean, 95 % interval |\n|---|---|---|---|"
     )
     for num_pictures, values in times.items():
-        speeds = np.divide(times[smallest], values)
-        low, high = bootstrap_interval(speeds, seed=0)
+        speeds = ratios(times[smallest], values)
+        low, high = bootstrap_interval(np.array(speeds), seed=0)
         print(
             f"| {num_pictures:,} | {Spread.of(values)} | {Spread.of(speeds)} | "
-            f"{speeds.mean():.3f} ({low:.3f}-{high:.3f}) |", flush=True,
+            f"{fmean(speeds):.3f} ({low:.3f}-{high:.3f}) |", flush=True,
         )  # fmt: skip
 
 

@@ -269,7 +269,7 @@ def measure(args: argparse.Namespace) -> tuple[str, bool]:
         per_step = Spread.of([time / args.num_steps for time in times[name]])
         remark = f" PARTED: at most {tolerance:.0e}" if has_parted else ""
         lines.append(
-            f"| {name} | {per_step} | {ratios(times[REFERENCE], times[name])} | "
+            f"| {name} | {per_step} | {Spread.of(ratios(times[REFERENCE], times[name]))} | "
             f"{difference:.1e}{remark} |"
         )
     return "\n".join(lines), is_same

@@ -61,9 +61,9 @@ def read_clock_ms(device: torch.device) -> float:
     return time.process_time() * 1e3
 
 
-def ratios(of: Sequence[float], to: Sequence[float]) -> Spread:
-    """Summarize how many times faster `to` is than `of`, round by round."""
-    return Spread.of([one / other for one, other in zip(of, to, strict=True)])
+def ratios(of: Sequence[float], to: Sequence[float]) -> list[float]:
+    """Return how many times as fast `to` is as `of`, round by round."""
+    return [one / other for one, other in zip(of, to, strict=True)]
 
 
 def describe_machine(

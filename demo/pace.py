@@ -21,8 +21,9 @@ from model import Base, build_controlnet, load_base, predict_noise
 
 PRECISIONS = ("32", "bf16-mixed")
 NUM_TIMED = 5
+PATIENCE_S = 300.0  # with a process that doesn't come
 HOPELESS = 4.0  # times as slow as fp32: beyond what warming up can take
-# A step has more to do than its networks, and waits for the slower process; there are validations.
+# A step has more to do than its networks, and a run more than steps (docs/log.md).
 STEP_PER_PACE = 1.4
 NUM_VIEWS = 2  # of each picture: as it is, and mirrored
 
@@ -40,7 +41,7 @@ class Pace:
     encode_s: float
 
     def training_s(self, num_steps: int, *, batch_size: int, num_processes: int) -> float:
-        """Return the seconds that a training of so many steps takes.
+        """Return the seconds that a training of so many steps takes, with nothing cached before.
 
         A picture's views are drawn with equal chance, and encoded by whoever meets them first.
 
@@ -67,8 +68,14 @@ def measure_pace(*, batch_size: int, num_processes: int) -> dict[str, Pace]:
         num_processes: how many will train.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, mp_context=context) as executor:
-        measured = list(executor.map(_time_networks, [batch_size] * num_processes))
+    with (
+        context.Manager() as manager,
+        ProcessPoolExecutor(num_processes, mp_context=context) as executor,
+    ):
+        # Each timing begins in all of them at once.
+        wait = partial(manager.Barrier(num_processes).wait, PATIENCE_S)
+        time_networks = partial(_time_networks, wait=wait)
+        measured = list(executor.map(time_networks, [batch_size] * num_processes))
     return {
         name: Pace(
             step_s=max(paces[name].step_s for paces in measured),
@@ -78,7 +85,7 @@ def measure_pace(*, batch_size: int, num_processes: int) -> dict[str, Pace]:
     }
 
 
-def _time_networks(batch_size: int) -> dict[str, Pace]:
+def _time_networks(batch_size: int, *, wait: Callable[[], object]) -> dict[str, Pace]:
     quiet_libraries()
     keep_freed_memory("cpu")
     torch.set_num_threads(1)
@@ -89,10 +96,11 @@ def _time_networks(batch_size: int) -> dict[str, Pace]:
         base.to(torch.device("cpu"), dtype=DTYPES[name], vae_dtype=DTYPES[name])
         # A CPU that only imitates bf16 takes 20 times as long: one step of that is enough.
         hopeless_s = HOPELESS * paces["32"].step_s if paces else math.inf
-        paces[name] = Pace(
-            step_s=_time(_make_step(base, batch_size=batch_size), hopeless_s=hopeless_s),
-            encode_s=_time(partial(base.encode_alone, picture)),
-        )
+        step = _make_step(base, batch_size=batch_size)
+        wait()
+        step_s = _time(step, hopeless_s=hopeless_s)
+        wait()
+        paces[name] = Pace(step_s, encode_s=_time(partial(base.encode_alone, picture)))
     return paces
 
 

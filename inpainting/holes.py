@@ -244,9 +244,9 @@ def meet_edge(
     A VAE gives known pixels back changed, and latent cells know no finer edge than their own side.
     Two things are carried from the known pixels into the hole, ring by ring, each pixel the mean of
     its four neighbours in the rings before: the fill's error, which is known outside the hole and
-    taken off, less and less over width_px; and the known colours. Right behind the edge these are
-    as good a guess as the drawing, and the mean of two guesses is better than both: over the first
-    quarter of width_px they are mixed in, from a half downwards.
+    taken off, less and less over width_px; and the known colours, which are mixed in over the first
+    quarter of width_px, from a half downwards: the step at the edge shrinks, and the hole is filled
+    as well as before. The half and the quarter were found by experiment (docs/log.md).
 
     Args:
         fill: (H, W, 3) uint8, drawn on both sides of the edge.

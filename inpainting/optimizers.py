@@ -1,4 +1,4 @@
-"""AdamW in its kinds: fused, in 8 bits, on the CPU; and new rates for one that was resumed."""
+"""AdamW in its kinds: fused, in 8 bits, offloaded; and new rates for one that was resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def build_adamw(
     learning_rate: float,
     weight_decay: float,
     use_8bit_adam: bool,
-    is_on_cpu: bool,
+    is_offloaded: bool,
     is_fused: bool,
 ) -> torch.optim.Optimizer:
     """Build the AdamW that a run asks for.
@@ -28,13 +28,14 @@ def build_adamw(
         learning_rate: peak learning rate.
         weight_decay: decoupled weight decay.
         use_8bit_adam: keep the moments in 8 bits (bitsandbytes).
-        is_on_cpu: DeepSpeed has moved parameters and moments there; goes before the others.
+        is_offloaded: DeepSpeed keeps parameters and moments in the host's memory.
         is_fused: one kernel instead of hundreds, where the device has it.
     """
     settings: dict[str, Any] = {
         "lr": learning_rate, "betas": (0.9, 0.999), "weight_decay": weight_decay, "eps": 1e-8
     }  # fmt: skip
-    if is_on_cpu:
+    assert not (is_offloaded and use_8bit_adam)
+    if is_offloaded:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(parameters, **settings)

@@ -166,7 +166,7 @@ def test_rows_take_turns_in_alternating_order() -> None:
 
 def test_spreads_and_ratios() -> None:
     assert Spread.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Spread(2.0, 3.0, 4.0)
-    assert ratios([2.0, 4.0], [1.0, 4.0]).median == 1.5
+    assert ratios([2.0, 4.0], [1.0, 4.0]) == [2.0, 1.0]
     assert str(Spread(1.0, 2.0, 3.0)) == "2.000 (1.000-3.000)"
 
 

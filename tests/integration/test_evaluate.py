@@ -13,6 +13,7 @@ from demo.random_base import write_random_base
 from demo.scenes import write_scenes
 from inpainting.benchmark_holes import HOLE_KINDS, draw_benchmark_hole
 from inpainting.images import read_image
+from inpainting.sampling import FILL_VERSION
 from model import build_controlnet, load_base
 from tools import evaluate
 
@@ -61,6 +62,7 @@ def test_every_hole_and_candidate_gets_its_line_and_its_picture(
     assert evaluate.main(command(place, tmp_path)) == 0
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    assert results["settings"]["fill_version"] == FILL_VERSION
 
     assert list(results["summaries"]) == list(HOLE_KINDS)
     for kind, of_kind in results["summaries"].items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import itertools
 
 import pytest
 import torch
@@ -16,14 +16,22 @@ def test_pace_is_measured_in_both_precisions_and_leaves_the_threads() -> None:
     num_threads = torch.get_num_threads()
     paces = measure_pace(batch_size=1, num_processes=2)
     assert set(paces) == {"32", "bf16-mixed"}
-    assert all(pace.step_s > pace.encode_s > 0 for pace in paces.values())
+    assert all(pace.step_s > 0 and pace.encode_s > 0 for pace in paces.values())
     assert torch.get_num_threads() == num_threads
 
 
-def test_one_step_is_enough_of_what_is_hopeless() -> None:
-    pauses = iter([0.02, 0.01, 0.01, 0.01, 0.01, 0.01])
-    assert 0.02 <= _time(lambda: time.sleep(next(pauses)), hopeless_s=0.015) < 0.04
-    assert len(list(pauses)) == 5
+def test_one_step_is_enough_of_what_is_hopeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 8.0, 10.0, 13.0, 20.0, 21.0])
+    monkeypatch.setattr("demo.pace.time.perf_counter", lambda: next(ticks))
+    assert _time(lambda: None, hopeless_s=7.0) == 8.0
+    assert list(ticks) == [10.0, 13.0, 20.0, 21.0]
+
+
+def test_a_pace_is_the_median_without_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [50.0, 3.0, 1.0, 2.0, 9.0, 4.0]
+    ticks = itertools.chain.from_iterable((0.0, second) for second in seconds)
+    monkeypatch.setattr("demo.pace.time.perf_counter", lambda: next(ticks))
+    assert _time(lambda: None) == 3.0
 
 
 def test_a_pictures_views_are_encoded_once_however_long_a_training_is() -> None:

@@ -171,6 +171,7 @@ def test_a_fill_that_is_right_outside_the_hole_changes_right_behind_its_edge_alo
     met = holes.meet_edge(fill, image=image, mask=mask, width_px=8)
     assert np.array_equal(met[7:18, 10:28], fill[7:18, 10:28]), "two pixels: a quarter of 8"
     assert np.array_equal(met[mask == 0], image[mask == 0])
+    assert (met != fill)[mask == 1].any()
     nothing_known = np.ones_like(mask)
     assert np.array_equal(holes.meet_edge(fill, image=image, mask=nothing_known, width_px=8), fill)
 

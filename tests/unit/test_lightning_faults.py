@@ -18,13 +18,14 @@ import torch
 from torch.utils.data import DataLoader
 
 import lightning_faults
+import train_lightning
 from inpainting.finite import NotFiniteError
 from lightning_faults import (
     SYSTEM_ERRNOS,
     EndTogether,
     explain,
     is_lost_process,
-    say_lost_workers_once,
+    leave_lost_workers_to_the_loader,
 )
 
 GLOO = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:29500"
@@ -82,7 +83,7 @@ def test_a_loader_process_that_dies_while_a_finalizer_runs_is_told_once_and_by_t
 ) -> None:
     printed = []
     monkeypatch.setattr(sys, "unraisablehook", lambda dropped: printed.append(dropped.exc_type))
-    say_lost_workers_once()
+    leave_lost_workers_to_the_loader()
     batches = iter(DataLoader(range(100), num_workers=1))  # type: ignore[arg-type]
     (worker,) = batches._workers  # type: ignore[attr-defined]
 
@@ -99,6 +100,16 @@ def test_a_loader_process_that_dies_while_a_finalizer_runs_is_told_once_and_by_t
     assert not printed
     _RaisesInAFinalizer(lambda: 1 / 0)
     assert printed == [ZeroDivisionError]
+
+
+def test_a_training_leaves_lost_workers_to_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    monkeypatch.setattr(
+        lightning_faults, "leave_lost_workers_to_the_loader", lambda: done.append("left")
+    )
+    monkeypatch.setattr(train_lightning, "_find_lr", lambda run: done.append("began"))
+    train_lightning.train(SimpleNamespace(args=SimpleNamespace(find_lr=True)))  # type: ignore[arg-type]
+    assert done == ["left", "began"]
 
 
 @pytest.mark.parametrize(
