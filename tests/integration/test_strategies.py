@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import re
 import signal
@@ -15,8 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.same_bits import compare_runs, read_curves
 from inpainting.runs import read_checkpoint
@@ -333,7 +336,9 @@ class TestDeepSpeed:
             assert curves[1][name] == pytest.approx(curves[0][name], abs=TOLERANCE), name
 
     def test_its_inpaintings_are_those_of_ddp(self, resumed: Path, ddp: Path) -> None:
-        assert read_inpaintings(resumed) == read_inpaintings(ddp)
+        """Within a grey level: weights that differ in their last bits may round to another one."""
+        pairs = zip(read_inpaintings(resumed), read_inpaintings(ddp), strict=True)
+        assert max(np.abs(one - other).max() for one, other in pairs) <= 1
 
     def test_last_ckpt_links_to_the_only_folder(self, resumed: Path) -> None:
         last = resumed / "checkpoints" / "last.ckpt"
@@ -374,12 +379,12 @@ def read_deepspeed_step(run_dir: Path) -> int:
     return state["global_step"]
 
 
-def read_inpaintings(run_dir: Path) -> list[bytes]:
-    """Read the val/inpainted pictures, as the bytes of PNG files."""
+def read_inpaintings(run_dir: Path) -> list[np.ndarray]:
+    """Read the val/inpainted pictures, (H, W, 3) int64."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir))
     events.Reload()
-    pictures = [picture.encoded_image_string for picture in events.Images("val/inpainted")]
-    assert pictures
-    return pictures
+    files = [picture.encoded_image_string for picture in events.Images("val/inpainted")]
+    assert files
+    return [np.asarray(Image.open(io.BytesIO(file))).astype(np.int64) for file in files]
