@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ControlNetModel
 from diffusers.optimization import get_scheduler
-from pytorch_lightning.strategies import DeepSpeedStrategy
+from pytorch_lightning.strategies import DeepSpeedStrategy, Strategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -314,13 +314,12 @@ class InpaintingControlNet(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the ControlNet, and diffusers' schedule in optimizer steps."""
-        strategy = self.trainer.strategy
         optimizer = build_adamw(
             [p for p in self.controlnet.parameters() if p.requires_grad],
             learning_rate=self.learning_rate,
             weight_decay=self.adam_weight_decay,
             use_8bit_adam=self.use_8bit_adam,
-            is_offloaded=isinstance(strategy, DeepSpeedStrategy) and _offloads_optimizer(strategy),
+            is_offloaded=_offloads_optimizer(self.trainer.strategy),
             # Under fp16 a fused one would unscale by itself: Lightning then refuses to clip.
             is_fused=self.device.type in ("cpu", "cuda") and self.precision != "16-mixed",
         )
@@ -395,6 +394,8 @@ class InpaintingControlNet(pl.LightningModule):
             self.average.load_state_dict(checkpoint["average"], strict=True)
 
 
-def _offloads_optimizer(strategy: DeepSpeedStrategy) -> bool:
+def _offloads_optimizer(strategy: Strategy) -> bool:
+    if not isinstance(strategy, DeepSpeedStrategy):
+        return False
     assert isinstance(strategy.config, dict)
     return "offload_optimizer" in strategy.config.get("zero_optimization", {})
