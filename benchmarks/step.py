@@ -8,6 +8,11 @@ batches with the same noise, and the command fails (exit code 1) if a row's loss
 reference's: a step that computes something else is not faster. Rows take turns, the reference comes
 twice as the noise floor, and `reference + ...` has one optimisation alone. What a process has as a
 whole, all rows have: a CPU keeps the memory that it frees.
+
+MFU is the share of what the device reaches in a large matrix product of the same precision; what a
+step must compute is counted (2 per multiplication and addition), the encoder's part only where the
+row encodes, recomputation never. On a GPU a step's kernels are counted, and how often it waits for
+the GPU.
 """
 
 from __future__ import annotations
@@ -15,8 +20,9 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,11 +31,16 @@ import torch.nn.functional as F
 from diffusers import ControlNetModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.networks import SIZES, STRIDE, build_base, draw_batch, start_after_zero
 from benchmarks.timing import Spread, describe_machine, ratios, take_turns
 from data import Sample
 from inpainting.arguments import module_parser
+from inpainting.attention import BACKENDS
 from inpainting.devices import keep_freed_memory
 from lightning_module import FROZEN_DTYPES, InpaintingControlNet
 from model import Base, build_controlnet, choose_kernels
@@ -43,6 +54,7 @@ ZERO_CONVOLUTIONS_AT = 0.1
 TOLERANCES = {"32": 1e-5, "bf16-mixed": 1e-2}
 REFERENCE, AGAIN = "reference", "reference again (A/A)"
 REGIONAL, FULL = "project, cached, --compile regional", "project, cached, --compile full"
+BY_BACKEND = {name: f"project, cached, attention by {name}" for name in BACKENDS}
 
 
 @dataclass
@@ -174,16 +186,20 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
         network.set_attn_processor(AttnProcessor2_0())  # type: ignore[arg-type]
         return Reference(base, network, args.precision, batches, is_fused)
 
-    def project(batches: Any, *, compile_mode: str = "off") -> Project:
+    def project(
+        batches: Any, *, compile_mode: str = "off", attention: str | None = None
+    ) -> Project:
         row_base = own_base
         if compile_mode != "off":  # changes the UNet
             row_base = replace(own_base, unet=copy.deepcopy(own_base.unet))
-        return build_project(
+        row = build_project(
             row_base, copy.deepcopy(controlnet), batches=batches, precision=args.precision,
             compile_mode=compile_mode,
         )  # fmt: skip
+        row.module.attention_backend = attention
+        return row
 
-    builders: dict[str, Callable[[], Reference | Project]] = {
+    builders: Mapping[str, Callable[[], Reference | Project]] = {
         REFERENCE: reference,
         AGAIN: reference,
         "reference + fused AdamW": lambda: reference(is_fused=True),
@@ -192,7 +208,7 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
         "project, cached": lambda: project(cached),
         REGIONAL: lambda: project(cached, compile_mode="regional"),
         FULL: lambda: project(cached, compile_mode="full"),
-    }
+    } | {row: partial(project, cached, attention=name) for name, row in BY_BACKEND.items()}
     return {name: builders[name]() for name in builders if name == REFERENCE or name in args.rows}
 
 
@@ -229,6 +245,49 @@ def encode(base: Base, image: Tensor) -> Tensor:
     return torch.stack(moments).to(image.device)
 
 
+def is_cached(row: Reference | Project) -> bool:
+    """Tell whether a row's steps encode nothing."""
+    return "moments" in row.batches[0]
+
+
+def count_flops(reference: Reference, batch: Sample) -> int:
+    """Count what a step must compute for the first picture of a batch."""
+    picture: Any = {name: value[:1] for name, value in batch.items()}  # type: ignore[index]
+    row = replace(
+        reference, controlnet=copy.deepcopy(reference.controlnet), batches=[picture], losses=[]
+    )
+    # As plain products attention is counted on every device, and without what is recomputed.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        row.step()
+    return counter.get_total_flops()
+
+
+def matrix_flops_per_s(device: torch.device, precision: str) -> float:
+    """Measure what the device reaches in a large matrix product."""
+    side = 8192 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+    matrix = torch.randn(side, side, device=device).to(dtype)
+    timer = Timer("matrix @ matrix", globals={"matrix": matrix})  # waits for a GPU by itself
+    return 2 * side**3 / timer.blocked_autorange(min_run_time=1.0).median
+
+
+def count_launches(step: Callable[[], None]) -> tuple[int, int]:
+    """Return how many kernels a step starts on the GPU, and how often it waits for it."""
+    step()  # compiled by now
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+    events = profiler.events()
+    assert events is not None
+    num_kernels = sum(
+        event.device_type == DeviceType.CUDA and not event.name.startswith("Mem")
+        for event in events
+    )
+    # Of the whole device only the profiler waits.
+    waits = ("cudaStreamSynchronize", "cudaEventSynchronize")
+    return num_kernels, sum(event.name in waits for event in events)
+
+
 def measure(args: argparse.Namespace) -> tuple[str, bool]:
     """Time the rows in turns.
 
@@ -238,6 +297,8 @@ def measure(args: argparse.Namespace) -> tuple[str, bool]:
     device = torch.device(args.device)
     keep_freed_memory(device.type)
     rows = build_rows(args)
+    reference = rows[REFERENCE]
+    assert isinstance(reference, Reference)
 
     def steps_of(row: Reference | Project) -> Callable[[], None]:
         def take_steps() -> None:
@@ -250,15 +311,20 @@ def measure(args: argparse.Namespace) -> tuple[str, bool]:
         {name: steps_of(row) for name, row in rows.items()},
         num_rounds=args.num_rounds, device=device,
     )  # fmt: skip
-    expected = torch.tensor(rows[REFERENCE].losses)
+    expected = torch.tensor(reference.losses)
+    limit = matrix_flops_per_s(device, args.precision)
     lines = [
         f"{args.size}, {args.image_size} px, batch {args.batch_size}, {args.precision}, "
-        f"{args.num_rounds} rounds of {args.num_steps} steps; {describe_machine(device)}",
+        f"{args.num_rounds} rounds of {args.num_steps} steps; {describe_machine(device)}; "
+        f"a large matrix product: {limit / 1e12:.2f} TFLOP/s",
         "",
         f"| row | {'GPU' if device.type == 'cuda' else 'CPU'} ms per step (quartiles) | "
-        "times as fast (quartiles) | largest difference of a loss |",
-        "|---|---|---|---|",
+        "times as fast (quartiles) | samples/s | GFLOP per sample | MFU | kernels, waits | "
+        "largest difference of a loss |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    some_batch = {is_cached(row): row.batches[0] for row in rows.values()}
+    flops = {cached: count_flops(reference, batch) for cached, batch in some_batch.items()}
     is_same = True
     for name, row in rows.items():
         losses = torch.tensor([float(loss) for loss in row.losses])
@@ -267,9 +333,14 @@ def measure(args: argparse.Namespace) -> tuple[str, bool]:
         has_parted = not difference <= tolerance  # NaN parts too
         is_same &= not has_parted
         per_step = Spread.of([time / args.num_steps for time in times[name]])
+        per_s, needed = 1e3 * args.batch_size / per_step.median, flops[is_cached(row)]
+        launches = "not on a CPU"
+        if device.type == "cuda":
+            launches = "{}, {}".format(*count_launches(row.step))
         remark = f" PARTED: at most {tolerance:.0e}" if has_parted else ""
         lines.append(
             f"| {name} | {per_step} | {Spread.of(ratios(times[REFERENCE], times[name]))} | "
+            f"{per_s:.2f} | {needed / 1e9:.4g} | {per_s * needed / limit:.0%} | {launches} | "
             f"{difference:.1e}{remark} |"
         )
     return "\n".join(lines), is_same
@@ -286,8 +357,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu or cuda (default cpu)")
     add("--num_rounds", type=int, default=15, help="(default 15)")
     add("--num_steps", type=int, default=2, help="per row and round (default 2)")
-    add("--rows", nargs="+", default=list(ROWS), choices=ROWS + SLOW_TO_START, metavar="ROW",
-        help=f"beside the reference (default {', '.join(ROWS)}; and {', '.join(SLOW_TO_START)})",
+    add("--rows", nargs="+", default=list(ROWS), choices=ROWS + MORE_ROWS, metavar="ROW",
+        help=f"beside the reference (default {', '.join(ROWS)}; and {', '.join(MORE_ROWS)})",
     )  # fmt: skip
     return parser
 
@@ -296,7 +367,8 @@ ROWS = (
     AGAIN, "reference + fused AdamW", "reference + cached moments", "project, nothing cached",
     "project, cached",
 )  # fmt: skip
-SLOW_TO_START = (REGIONAL, FULL)
+# Slow to start; and what differs on a GPU alone.
+MORE_ROWS = (REGIONAL, FULL, *BY_BACKEND.values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

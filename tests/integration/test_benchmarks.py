@@ -7,12 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from benchmarks import coco_like, e2e, memory, overhead, scale, soak, step
@@ -47,7 +51,7 @@ def test_all_rows_train_alike(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_compiled_rows_train_alike() -> None:
-    assert step.main([*TINY, "--num_steps", "20", "--rows", *step.SLOW_TO_START]) == 0
+    assert step.main([*TINY, "--num_steps", "20", "--rows", step.REGIONAL, step.FULL]) == 0
 
 
 def test_all_rows_train_alike_in_bf16() -> None:
@@ -68,6 +72,42 @@ def test_a_step_that_computes_something_else_is_refused(
     out, err = capsys.readouterr()
     assert "PARTED" in rows_of(out)[row][-1]
     assert err.startswith("error: ")
+
+
+def test_what_a_step_must_compute_is_counted_for_one_picture() -> None:
+    args = step.build_parser().parse_args(["--size", "tiny", "--image_size", "64"])
+    args.rows, counted = ["reference + cached moments"], {}
+    for args.batch_size in (1, 3):
+        rows = step.build_rows(args)
+        reference = rows[step.REFERENCE]
+        assert isinstance(reference, step.Reference)
+        counted[args.batch_size] = {
+            step.is_cached(row): step.count_flops(reference, row.batches[0])
+            for row in rows.values()
+        }
+        assert not reference.losses, "the row itself took no step"
+    assert counted[1] == counted[3]
+    with FlopCounterMode(display=False) as encoder, sdpa_kernel(SDPBackend.MATH):
+        reference.base.encode_image(torch.zeros(1, 3, 64, 64))
+    assert counted[1][False] - counted[1][True] == encoder.get_total_flops() > 0
+
+
+def test_kernels_and_waits_are_told_from_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's profiler names what happens on a GPU; there is none here."""
+    gpu, cpu = step.DeviceType.CUDA, step.DeviceType.CPU
+    events = [
+        SimpleNamespace(name=name, device_type=device)
+        for name, device in (
+            ("void gemm", gpu), ("void gemm", gpu), ("Memcpy HtoD", gpu), ("Memset (Device)", gpu),
+            ("aten::mm", cpu), ("cudaLaunchKernel", cpu), ("cudaStreamSynchronize", cpu),
+            ("cudaDeviceSynchronize", cpu),
+        )
+    ]  # fmt: skip
+    profile = nullcontext(SimpleNamespace(events=lambda: events))
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: profile)
+    steps = []
+    assert step.count_launches(lambda: steps.append(1)) == (2, 1)
+    assert len(steps) == 2, "the first one compiles"
 
 
 def test_a_cached_step_never_asks_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
