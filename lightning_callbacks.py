@@ -1,4 +1,4 @@
-"""What a run shows while it trains: bar, curves, pictures; its average, and its attention."""
+"""What a run shows while it trains: the bar, the curves, the pictures; and the average."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from data import CocoInpaintingDataset, Sample
-from inpainting.attention import encoder_attentions, time_backends
 from inpainting.diffusion import make_conditioning
 from inpainting.metrics import psnr_hole
 from inpainting.sampling import inpaint, make_pipeline, make_scheduler
-from lightning_module import FROZEN_DTYPES, InpaintingControlNet
+from lightning_module import InpaintingControlNet
 
-logger = logging.getLogger("train_lightning")
+logger = logging.getLogger(__name__)
 
 NUM_PICTURES = 4
 NUM_SAMPLING_STEPS = 20
@@ -113,57 +112,6 @@ class ProgressBar(TQDMProgressBar):
         """End the bar's line: what is said next gets one of its own."""
         if self._train_progress_bar is not None:
             self._train_progress_bar.close()
-
-
-class FastestAttention(pl.Callback):
-    """Times at a GPU's start what may compute attention, and lets the fastest do it.
-
-    The first process chooses for all. A resumed run goes on with the choice in its checkpoint: its
-    bits depend on it. With --deterministic nothing is chosen by a clock.
-    """
-
-    TIMED_DEVICES = ("cuda",)
-
-    def __init__(self) -> None:
-        self.backend: str | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Keep the choice."""
-        return {"backend": self.backend}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with it."""
-        self.backend = state_dict["backend"]
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Choose where nothing is chosen yet; by now a checkpoint has been read."""
-        assert isinstance(pl_module, InpaintingControlNet)
-        is_timed = pl_module.device.type in self.TIMED_DEVICES
-        if not is_timed or torch.are_deterministic_algorithms_enabled():
-            return
-        if self.backend is None:
-            backend = self._choose(trainer, pl_module) if trainer.is_global_zero else None
-            self.backend = trainer.strategy.broadcast(backend)
-        pl_module.attention_backend = self.backend
-
-    def _choose(self, trainer: pl.Trainer, module: InpaintingControlNet) -> str | None:
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        sizes = encoder_attentions(
-            module.base.unet,
-            batch_size=datamodule.batch_size,
-            latent_size=datamodule.train_set.rule.latent_shape[-1],
-        )
-        dtype, _ = FROZEN_DTYPES[module.precision]
-        times = time_backends(sizes, device=module.device, dtype=dtype)
-        if not times:
-            return None
-        fastest_first = sorted(times, key=times.__getitem__)
-        logger.info(
-            "attention by %s, the fastest: %s",
-            fastest_first[0],
-            ", ".join(f"{name} {times[name]:.2f} ms" for name in fastest_first),
-        )
-        return fastest_first[0]
 
 
 class AverageWeights(pl.Callback):

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from data import Sample
-from inpainting.attention import prefer
 from inpainting.compiling import compile_step
 from inpainting.diffusion import (
     make_conditioning,
@@ -99,7 +98,6 @@ class InpaintingControlNet(pl.LightningModule):
         average = copy.deepcopy(controlnet).requires_grad_(False).eval() if ema_decay else None
         object.__setattr__(self, "average", average)
         self.average: ControlNetModel | None
-        self.attention_backend: str | None = None  # what FastestAttention has chosen
         self._predict_noise = compile_step(predict_noise, controlnet, base.unet, mode=compile_mode)
         self._grad_norm: Tensor | None = None
         self._whole_weights: dict[str, Tensor] | None = None
@@ -235,7 +233,7 @@ class InpaintingControlNet(pl.LightningModule):
             moments = base.encode_image(normalize_image(batch["image"]))
         latents = base.sample_latents(moments, posterior_noise=batch["posterior_noise"])
         noisy_latents = base.noise_scheduler.add_noise(latents, noise, timesteps)  # type: ignore[arg-type]
-        with self._autocast(), prefer(self.attention_backend):
+        with self._autocast():
             model_pred = self._predict_noise(
                 controlnet,
                 base.unet,

@@ -18,7 +18,6 @@ from inpainting.runs import is_first_process
 from lightning_callbacks import (
     AverageWeights,
     Curves,
-    FastestAttention,
     ProgressBar,
     RunLogger,
     TrainingPictures,
@@ -104,7 +103,6 @@ def build_trainer(
         position,
         CountUnreadable(datamodule.unreadable),
         keeper,
-        FastestAttention(),
         *([AverageWeights()] if args.ema_decay else []),
         Curves(every_n_steps=args.log_every_n_steps),
         *([TrainingPictures(every_n_steps=args.log_images_every_n_steps)]

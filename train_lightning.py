@@ -134,6 +134,11 @@ def check(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> Run | None:
+    checkpoint_path = None
+    if args.resume_from_checkpoint:
+        checkpoint_path = find_checkpoint(
+            args.resume_from_checkpoint, output_dir=Path(args.output_dir)
+        )
     _name_the_data(args)
     _quiet_lightning()
     quiet_libraries()
@@ -153,11 +158,7 @@ def _build(args: argparse.Namespace) -> Run | None:
     check_image_size(args.image_size, config=config)
     resolve_device(args)
     keep_freed_memory(args.accelerator)
-    checkpoint_path = None
-    if args.resume_from_checkpoint:
-        checkpoint_path = find_checkpoint(
-            args.resume_from_checkpoint, output_dir=Path(args.output_dir)
-        )
+    if checkpoint_path is not None:
         check_strategy_can_read(checkpoint_path, strategy=args.strategy)
         run_dir = run_dir_of(checkpoint_path)
         if run_dir is not None and is_first_process() and not args.dry_run:

@@ -4,6 +4,11 @@
 
 The stages are the functions that data.py calls, timed where it calls them. Without --image_dir
 photograph-sized scenes are drawn.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.data --num_workers 8 --samples_per_s 130
+
+measures too which share of its time a training would wait for such loader workers, were its steps
+so fast: a step that sleeps takes the batches. Every moment is in the cache.
 """
 
 from __future__ import annotations
@@ -16,9 +21,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
 import data
@@ -104,6 +112,54 @@ def fill(dataset: CocoInpaintingDataset, *, num_samples: int) -> None:
             cache.write(slot, zeros)
 
 
+def measure_waiting(
+    dataset: CocoInpaintingDataset,
+    *,
+    num_filled: int,
+    batch_size: int,
+    num_workers: int,
+    samples_per_s: float,
+    seconds: float,
+) -> float:
+    """Take batches from loader workers as fast as a training would.
+
+    Args:
+        dataset: what is loaded.
+        num_filled: so many samples have their moments in the cache; they come again and again.
+        batch_size: of each step.
+        num_workers: loader processes, set up as a training's are.
+        samples_per_s: what the training's own steps would do.
+        seconds: how long, after the workers have started.
+
+    Returns:
+        the share of the time that went by between asking for a batch and getting it.
+    """
+    step_s = batch_size / samples_per_s
+    # What the workers have ready at the start is not what they can do: two batches each, twice.
+    num_first = 4 * num_workers
+    num_steps = num_first + max(1, round(seconds / step_s))
+    numbers = [number % num_filled for number in range(num_steps * batch_size)]
+    addresses = [divmod(number, len(dataset)) for number in numbers]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[addresses[i : i + batch_size] for i in range(0, len(addresses), batch_size)],
+        num_workers=num_workers,
+        persistent_workers=True,
+    )
+    # A training on a GPU has a thread that receives batches from the workers and pins them.
+    received: Queue[object] = Queue(maxsize=1)
+    Thread(target=lambda: [received.put(batch) for batch in loader], daemon=True).start()
+    waited_s = start = 0.0
+    for number in range(num_steps):
+        if number == num_first:
+            waited_s, start = 0.0, time.perf_counter()
+        asked = time.perf_counter()
+        received.get()
+        waited_s += time.perf_counter() - asked
+        time.sleep(step_s)
+    return waited_s / (time.perf_counter() - start)
+
+
 def sample_bytes(sample: Sample) -> int:
     """Return what of a sample goes to the device: all tensors but the slot."""
     tensors = [v for n, v in sample.items() if isinstance(v, torch.Tensor) and n != "slot"]
@@ -159,6 +215,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_samples", type=int, default=200, help="(default 200)")
     add("--num_scenes", type=int, default=20, help="to draw (default 20)")
     add("--scene_size", type=int, default=640, help="their side in pixels (default 640)")
+    add("--num_workers", type=int, help="measure how long a training waits for so many")
+    add("--samples_per_s", type=float, default=130.0, help="... at this speed (default 130)")
+    add("--batch_size", type=int, default=4, help="... with such batches (default 4)")
+    add("--seconds", type=float, default=30.0, help="... for so long (default 30)")
     return parser
 
 
@@ -170,12 +230,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         fill(dataset, num_samples=args.num_samples)
         times = measure(dataset, num_samples=args.num_samples)
         num_bytes = sample_bytes(dataset[0, 0])
+        waiting = None
+        if args.num_workers:
+            waiting = measure_waiting(
+                dataset, num_filled=args.num_samples, batch_size=args.batch_size,
+                num_workers=args.num_workers, samples_per_s=args.samples_per_s,
+                seconds=args.seconds,
+            )  # fmt: skip
     source = args.image_dir or f"drawn scenes of {args.scene_size} px"
     print(f"{source}, at {args.image_size} px; {describe_machine(torch.device('cpu'))}\n")
     print("| stage | CPU ms per sample (quartiles) |\n|---|---|")
     for name, values in times.items():
         print(f"| {name} | {Spread.of(values)} |")
     print(f"\n{num_bytes:,} bytes per sample")
+    if waiting is not None:
+        print(
+            f"a training of {args.samples_per_s:g} samples/s, in batches of {args.batch_size}, "
+            f"waits for {args.num_workers} workers {waiting:.2%} of its time"
+        )
     return 0
 
 

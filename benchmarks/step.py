@@ -9,7 +9,7 @@ reference's: a step that computes something else is not faster. Rows take turns,
 twice as the noise floor, and `reference + ...` has one optimisation alone. What a process has as a
 whole, all rows have: a CPU keeps the memory that it frees.
 
-MFU is the share of what the device reaches in a large matrix product of the same precision; what a
+MFU is the share of what the device reaches in a large matrix product (on a GPU in bf16); what a
 step must compute is counted (2 per multiplication and addition), the encoder's part only where the
 row encodes, recomputation never. On a GPU a step's kernels are counted, and how often it waits for
 the GPU.
@@ -21,6 +21,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
@@ -33,14 +34,12 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.networks import SIZES, STRIDE, build_base, draw_batch, start_after_zero
-from benchmarks.timing import Spread, describe_machine, ratios, take_turns
+from benchmarks.timing import Spread, describe_machine, ratios, read_clock_ms, take_turns
 from data import Sample
 from inpainting.arguments import module_parser
-from inpainting.attention import BACKENDS
 from inpainting.devices import keep_freed_memory
 from lightning_module import FROZEN_DTYPES, InpaintingControlNet
 from model import Base, build_controlnet, choose_kernels
@@ -54,7 +53,12 @@ ZERO_CONVOLUTIONS_AT = 0.1
 TOLERANCES = {"32": 1e-5, "bf16-mixed": 1e-2}
 REFERENCE, AGAIN = "reference", "reference again (A/A)"
 REGIONAL, FULL = "project, cached, --compile regional", "project, cached, --compile full"
-BY_BACKEND = {name: f"project, cached, attention by {name}" for name in BACKENDS}
+# torch's fused attentions. Which of them is taken is torch's choice, but for these rows.
+BACKENDS = {
+    "project, cached, flash attention": SDPBackend.FLASH_ATTENTION,
+    "project, cached, memory-efficient attention": SDPBackend.EFFICIENT_ATTENTION,
+    "project, cached, cuDNN's attention": SDPBackend.CUDNN_ATTENTION,
+}
 
 
 @dataclass
@@ -138,11 +142,13 @@ class Project:
     Attributes:
         module: what trains.
         batches: what is trained on, in turns; with moments in them nothing is encoded.
+        attention: what is tried, in this order; None: in torch's own.
         losses: each step's.
     """
 
     module: InpaintingControlNet
     batches: list[Sample]
+    attention: list[SDPBackend] | None = None
     losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -154,8 +160,9 @@ class Project:
     def step(self) -> None:
         """Take one optimizer step."""
         batch = self.batches[len(self.losses) % len(self.batches)]
-        loss = self.module.training_step(batch, 0)
-        loss.backward()
+        with sdpa_kernel(self.attention, set_priority=True) if self.attention else nullcontext():
+            loss = self.module.training_step(batch, 0)
+            loss.backward()
         self.module.configure_gradient_clipping(self.optimizer, CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -187,7 +194,7 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
         return Reference(base, network, args.precision, batches, is_fused)
 
     def project(
-        batches: Any, *, compile_mode: str = "off", attention: str | None = None
+        batches: Any, *, compile_mode: str = "off", first: SDPBackend | None = None
     ) -> Project:
         row_base = own_base
         if compile_mode != "off":  # changes the UNet
@@ -196,7 +203,8 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
             row_base, copy.deepcopy(controlnet), batches=batches, precision=args.precision,
             compile_mode=compile_mode,
         )  # fmt: skip
-        row.module.attention_backend = attention
+        if first is not None:  # the others compute what it can't
+            row.attention = [first, *BACKENDS.values(), SDPBackend.MATH]
         return row
 
     builders: Mapping[str, Callable[[], Reference | Project]] = {
@@ -208,7 +216,7 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
         "project, cached": lambda: project(cached),
         REGIONAL: lambda: project(cached, compile_mode="regional"),
         FULL: lambda: project(cached, compile_mode="full"),
-    } | {row: partial(project, cached, attention=name) for name, row in BY_BACKEND.items()}
+    } | {name: partial(project, cached, first=backend) for name, backend in BACKENDS.items()}
     return {name: builders[name]() for name in builders if name == REFERENCE or name in args.rows}
 
 
@@ -263,27 +271,33 @@ def count_flops(reference: Reference, batch: Sample) -> int:
 
 
 def matrix_flops_per_s(device: torch.device, precision: str) -> float:
-    """Measure what the device reaches in a large matrix product."""
-    side = 8192 if device.type == "cuda" else 1024
-    dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+    """Measure what the device reaches in a large matrix product: a GPU in bf16, always."""
+    is_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if is_gpu or precision == "bf16-mixed" else torch.float32
+    side, num_products = 8192 if is_gpu else 1024, 20
     matrix = torch.randn(side, side, device=device).to(dtype)
-    timer = Timer("matrix @ matrix", globals={"matrix": matrix})  # waits for a GPU by itself
-    return 2 * side**3 / timer.blocked_autorange(min_run_time=1.0).median
+    torch.mm(matrix, matrix)
+    start = read_clock_ms(device)
+    for _ in range(num_products):
+        torch.mm(matrix, matrix)
+    return num_products * 2 * side**3 / ((read_clock_ms(device) - start) / 1e3)
 
 
 def count_launches(step: Callable[[], None]) -> tuple[int, int]:
     """Return how many kernels a step starts on the GPU, and how often it waits for it."""
-    step()  # compiled by now
+    torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         step()
     events = profiler.events()
     assert events is not None
     num_kernels = sum(
-        event.device_type == DeviceType.CUDA and not event.name.startswith("Mem")
+        event.device_type == DeviceType.CUDA
+        and not event.is_user_annotation
+        and not event.name.startswith("Mem")
         for event in events
     )
-    # Of the whole device only the profiler waits.
+    # For the whole device the profiler alone waits.
     waits = ("cudaStreamSynchronize", "cudaEventSynchronize")
     return num_kernels, sum(event.name in waits for event in events)
 
@@ -299,6 +313,8 @@ def measure(args: argparse.Namespace) -> tuple[str, bool]:
     rows = build_rows(args)
     reference = rows[REFERENCE]
     assert isinstance(reference, Reference)
+    some_batch = {is_cached(row): row.batches[0] for row in rows.values()}
+    flops = {cached: count_flops(reference, batch) for cached, batch in some_batch.items()}
 
     def steps_of(row: Reference | Project) -> Callable[[], None]:
         def take_steps() -> None:
@@ -319,12 +335,10 @@ def measure(args: argparse.Namespace) -> tuple[str, bool]:
         f"a large matrix product: {limit / 1e12:.2f} TFLOP/s",
         "",
         f"| row | {'GPU' if device.type == 'cuda' else 'CPU'} ms per step (quartiles) | "
-        "times as fast (quartiles) | samples/s | GFLOP per sample | MFU | kernels, waits | "
-        "largest difference of a loss |",
+        "times as fast (quartiles) | samples per s of it | GFLOP per sample | MFU | "
+        "kernels, waits | largest difference of a loss |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    some_batch = {is_cached(row): row.batches[0] for row in rows.values()}
-    flops = {cached: count_flops(reference, batch) for cached, batch in some_batch.items()}
     is_same = True
     for name, row in rows.items():
         losses = torch.tensor([float(loss) for loss in row.losses])
@@ -368,7 +382,7 @@ ROWS = (
     "project, cached",
 )  # fmt: skip
 # Slow to start; and what differs on a GPU alone.
-MORE_ROWS = (REGIONAL, FULL, *BY_BACKEND.values())
+MORE_ROWS = (REGIONAL, FULL, *BACKENDS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

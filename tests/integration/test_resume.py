@@ -465,6 +465,13 @@ def test_last_passes_over_a_torn_checkpoint(
     assert_same_run(straight, resumed.run_dir)
 
 
+def test_a_checkpoint_is_looked_for_before_the_demos_scenes_are_drawn(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    result = run(RESUME, output_dir=tmp_path, environment={"XDG_CACHE_HOME": str(cache)})
+    assert_refused(result, "loadable checkpoint")
+    assert not cache.exists()
+
+
 def test_what_cannot_be_resumed_is_refused_in_one_line(
     straight: Path, flags: list[str], tmp_path: Path
 ) -> None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lightning_callbacks
-import lightning_module
-from lightning_callbacks import Curves, FastestAttention, RunLogger, ValidationInpaintings
+from lightning_callbacks import Curves, RunLogger, ValidationInpaintings
 from lightning_module import InpaintingControlNet
 from lightning_trainer import StopWithoutProgress
 from tests import tiny
@@ -151,98 +147,3 @@ def test_patience_is_the_flags_and_the_waiting_the_checkpoints() -> None:
     first.wait_count = 1
     resumed.load_state_dict(first.state_dict())
     assert (resumed.patience, resumed.wait_count) == (5, 1)
-
-
-# ---- who computes attention
-
-
-class Batches(pl.LightningDataModule):
-    """As much of the data as the timing asks for, and a batch to train on."""
-
-    batch_size = 2
-
-    def __init__(self, module: InpaintingControlNet) -> None:
-        super().__init__()
-        self.train_set = dataset(rows=[0])
-        self.batches = [tiny.batch(module.base)]
-
-    def train_dataloader(self) -> torch.utils.data.DataLoader:
-        return torch.utils.data.DataLoader(self.batches, batch_size=None)
-
-
-def train(folder: Path, *, resume: Path | None = None, **more: Any) -> InpaintingControlNet:
-    """Train a step, save it as folder/a.ckpt; returns the module."""
-    base = tiny.base()
-    module = tiny.module(base, tiny.controlnet(base))
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=1 if resume is None else 2,
-        callbacks=[FastestAttention()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **more,
-    )
-    trainer.fit(module, datamodule=Batches(module), ckpt_path=resume, weights_only=True)
-    trainer.save_checkpoint(folder / "a.ckpt")
-    return module
-
-
-@pytest.fixture
-def clock(monkeypatch) -> dict[str, float]:
-    """Let a CPU be timed, and these be the times."""
-    times = {"flash": 2.0, "cudnn": 1.0, "efficient": 3.0}
-    monkeypatch.setattr(FastestAttention, "TIMED_DEVICES", ("cpu",))
-    monkeypatch.setattr(lightning_callbacks, "time_backends", lambda sizes, **_: dict(times))
-    return times
-
-
-def test_the_fastest_attention_is_chosen_and_said(clock, tmp_path, caplog) -> None:
-    with caplog.at_level(logging.INFO):
-        module = train(tmp_path)
-    assert module.attention_backend == "cudnn"
-    said = "attention by cudnn, the fastest: cudnn 1.00 ms, flash 2.00 ms, efficient 3.00 ms"
-    assert said in caplog.messages
-
-
-def test_the_chosen_attention_is_what_the_loss_is_computed_by(clock, tmp_path, monkeypatch) -> None:
-    chosen = []
-    monkeypatch.setattr(
-        lightning_module, "prefer", lambda name: (chosen.append(name), nullcontext())[1]
-    )
-    train(tmp_path)
-    assert chosen == ["cudnn"]
-
-
-def test_a_resumed_run_keeps_its_attention_whatever_the_clock_says(clock, tmp_path) -> None:
-    train(tmp_path)
-    clock["cudnn"] = 4.0
-    assert train(tmp_path, resume=tmp_path / "a.ckpt").attention_backend == "cudnn"
-    assert train(tmp_path).attention_backend == "flash"
-
-
-def test_torch_decides_where_no_backend_will_do(clock, tmp_path) -> None:
-    clock.clear()
-    assert train(tmp_path).attention_backend is None
-
-
-def test_a_deterministic_run_is_not_decided_by_a_clock(clock, tmp_path) -> None:
-    try:
-        assert train(tmp_path, deterministic=True).attention_backend is None
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def test_a_cpu_is_not_timed(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(lightning_callbacks, "time_backends", lambda *_, **__: 1 / 0)
-    assert train(tmp_path).attention_backend is None
-
-
-def test_all_processes_attend_by_the_first_ones_choice(module, monkeypatch) -> None:
-    monkeypatch.setattr(FastestAttention, "TIMED_DEVICES", ("cpu",))
-    strategy = SimpleNamespace(broadcast=lambda mine: "efficient" if mine is None else mine)
-    second: Any = SimpleNamespace(is_global_zero=False, strategy=strategy)
-    FastestAttention().on_train_start(second, module)
-    assert module.attention_backend == "efficient"
-    module.attention_backend = None
