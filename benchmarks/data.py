@@ -19,10 +19,9 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from queue import Queue
-from threading import Thread
 from typing import Any
 
 import torch
@@ -146,17 +145,19 @@ def measure_waiting(
         num_workers=num_workers,
         persistent_workers=True,
     )
-    # A training on a GPU has a thread that receives batches from the workers and pins them.
-    received: Queue[object] = Queue(maxsize=1)
-    Thread(target=lambda: [received.put(batch) for batch in loader], daemon=True).start()
+    batches = iter(loader)
     waited_s = start = 0.0
-    for number in range(num_steps):
-        if number == num_first:
-            waited_s, start = 0.0, time.perf_counter()
-        asked = time.perf_counter()
-        received.get()
-        waited_s += time.perf_counter() - asked
-        time.sleep(step_s)
+    # On a GPU a training has a thread that receives the next batch, and pins it, during a step.
+    with ThreadPoolExecutor(1) as receiver:
+        received = receiver.submit(next, batches)
+        for number in range(num_steps):
+            if number == num_first:
+                waited_s, start = 0.0, time.perf_counter()
+            asked = time.perf_counter()
+            received.result()
+            waited_s += time.perf_counter() - asked
+            received = receiver.submit(next, batches, None)
+            time.sleep(step_s)
     return waited_s / (time.perf_counter() - start)
 
 
