@@ -126,7 +126,7 @@ def measure_waiting(
         dataset: what is loaded.
         num_filled: so many samples have their moments in the cache; they come again and again.
         batch_size: of each step.
-        num_workers: loader processes, set up as a training's are.
+        num_workers: loader processes.
         samples_per_s: what the training's own steps would do.
         seconds: how long, after the workers have started.
 
@@ -143,7 +143,6 @@ def measure_waiting(
         dataset,
         batch_sampler=[addresses[i : i + batch_size] for i in range(0, len(addresses), batch_size)],
         num_workers=num_workers,
-        persistent_workers=True,
     )
     batches = iter(loader)
     waited_s = start = 0.0

@@ -32,12 +32,12 @@ import torch.nn.functional as F
 from diffusers import ControlNetModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.limits import count_launches, matrix_flops_per_s
 from benchmarks.networks import SIZES, STRIDE, build_base, draw_batch, start_after_zero
-from benchmarks.timing import Spread, describe_machine, ratios, read_clock_ms, take_turns
+from benchmarks.timing import Spread, describe_machine, ratios, take_turns
 from data import Sample
 from inpainting.arguments import module_parser
 from inpainting.devices import keep_freed_memory
@@ -268,38 +268,6 @@ def count_flops(reference: Reference, batch: Sample) -> int:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         row.step()
     return counter.get_total_flops()
-
-
-def matrix_flops_per_s(device: torch.device, precision: str) -> float:
-    """Measure what the device reaches in a large matrix product: a GPU in bf16, always."""
-    is_gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if is_gpu or precision == "bf16-mixed" else torch.float32
-    side, num_products = 8192 if is_gpu else 1024, 20
-    matrix = torch.randn(side, side, device=device).to(dtype)
-    torch.mm(matrix, matrix)
-    start = read_clock_ms(device)
-    for _ in range(num_products):
-        torch.mm(matrix, matrix)
-    return num_products * 2 * side**3 / ((read_clock_ms(device) - start) / 1e3)
-
-
-def count_launches(step: Callable[[], None]) -> tuple[int, int]:
-    """Return how many kernels a step starts on the GPU, and how often it waits for it."""
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        step()
-    events = profiler.events()
-    assert events is not None
-    num_kernels = sum(
-        event.device_type == DeviceType.CUDA
-        and not event.is_user_annotation
-        and not event.name.startswith("Mem")
-        for event in events
-    )
-    # For the whole device the profiler alone waits.
-    waits = ("cudaStreamSynchronize", "cudaEventSynchronize")
-    return num_kernels, sum(event.name in waits for event in events)
 
 
 def measure(args: argparse.Namespace) -> tuple[str, bool]:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from benchmarks import coco_like, e2e, memory, overhead, scale, soak, step
+from benchmarks import coco_like, e2e, limits, memory, overhead, scale, soak, step
 from benchmarks import data as data_benchmark
 from benchmarks.networks import SIZES, write_base
 from benchmarks.timing import Spread, describe_machine, ratios, take_turns
@@ -96,7 +96,7 @@ def test_what_a_step_must_compute_is_counted_for_one_picture() -> None:
 
 def test_kernels_and_waits_are_told_from_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch's profiler names what happens on a GPU; there is none here."""
-    gpu, cpu = step.DeviceType.CUDA, step.DeviceType.CPU
+    gpu, cpu = limits.DeviceType.CUDA, limits.DeviceType.CPU
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     events = [
         SimpleNamespace(name=name, device_type=device, is_user_annotation="#" in name)
@@ -110,7 +110,7 @@ def test_kernels_and_waits_are_told_from_all_else(monkeypatch: pytest.MonkeyPatc
     profile = nullcontext(SimpleNamespace(events=lambda: events))
     monkeypatch.setattr(torch.profiler, "profile", lambda **_: profile)
     steps = []
-    assert step.count_launches(lambda: steps.append(1)) == (2, 1)
+    assert limits.count_launches(lambda: steps.append(1)) == (2, 1)
     assert len(steps) == 1
 
 
