@@ -10,9 +10,9 @@ twice as the noise floor, and `reference + ...` has one optimisation alone. What
 whole, all rows have: a CPU keeps the memory that it frees.
 
 MFU is the share of what the device reaches in a large matrix product (on a GPU in bf16); what a
-step must compute is counted (2 per multiplication and addition), the encoder's part only where the
-row encodes, recomputation never. On a GPU a step's kernels are counted, and how often it waits for
-the GPU.
+step must compute is counted (2 per multiplication and addition, convolutions as they are defined),
+the encoder's part only where the row encodes, recomputation never. On a GPU a step's kernels are
+counted, and how often it waits for the GPU.
 """
 
 from __future__ import annotations
