@@ -44,7 +44,7 @@ from lightning_checkpoints import KeepRunFolder
 from lightning_data import InpaintingDataModule, ResumePosition
 from lightning_module import FROZEN_DTYPES, InpaintingControlNet
 from lightning_trainer import build_trainer
-from model import Base, build_controlnet, load_base, load_controlnet_weights, shapes
+from model import Base, build_controlnet, load_base, load_controlnet_weights
 
 logger = logging.getLogger("train_lightning")
 
@@ -281,7 +281,7 @@ def _check_checkpoint(
         name.removeprefix("controlnet."): tensor
         for name, tensor in checkpoint["state_dict"].items()
     }
-    mismatch = describe_mismatch(shapes(controlnet.state_dict()), shapes(weights))
+    mismatch = describe_mismatch(controlnet.state_dict(), weights)
     if mismatch:
         raise ValueError(
             f"{checkpoint_path} must be a checkpoint of a run with this base, got {mismatch}. "

@@ -10,28 +10,23 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from inpainting.attention import FittingAttention
 from inpainting.base import BaseConfig, read_base_config
+from inpainting.base_networks import load_networks, load_tokenizer
 from inpainting.convolutions import use_winograd
 from inpainting.diffusion import normalize_image
-from inpainting.interop import describe_mismatch, read_weight_file
+from inpainting.interop import describe_mismatch
 from inpainting.latents import round_moments
-from inpainting.single_file import read_single_file
 
 # Channels of diffusers' hint encoder; each entry after the first halves the picture once.
 HINT_CHANNELS = (16, 32, 96, 256, 256, 256)
 SINGLE_FILE_SD2_WIDTH = 1024
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # of diffusers' posterior
-BASE_PARTS = ("vae", "unet", "text_encoder")  # the folders of a base that hold weights
 GIB = 2**30
-
-Networks = tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]
 
 
 @dataclass
@@ -156,9 +151,8 @@ def load_base(
     """
     config = read_base_config(name_or_path, base_config=base_config)
     check_prediction_type(config, prediction_type)
-    tokenizer = _load_tokenizer(config)
-    parts = _load_single_file(config) if config.single_file else _load_folder(config, dtype)
-    vae, unet, text_encoder = parts
+    tokenizer = load_tokenizer(config)  # before the weights: it may be what is missing
+    vae, unet, text_encoder = parts = load_networks(config, dtype=dtype)
     for network in parts:
         nn.Module.to(network, dtype=torch.float32 if network is vae else dtype)
         network.requires_grad_(False).eval()
@@ -206,111 +200,6 @@ def check_prediction_type(config: BaseConfig, prediction_type: str) -> None:
         )
 
 
-def _load_folder(config: BaseConfig, dtype: torch.dtype) -> Networks:
-    """Load a diffusers folder or hub id, strictly: the libraries make up what a folder lacks.
-
-    Raises:
-        ValueError: the weights are missing, torn, or don't fit the configuration.
-    """
-    try:
-        if Path(config.name_or_path).is_dir():
-            for path in Path(config.name_or_path).glob("*/*.bin"):
-                if path.parent.name in BASE_PARTS:
-                    read_weight_file(path)  # mapped; the libraries' own refusals differ
-            loaded = _load_parts(config.name_or_path, dtype)
-        else:
-            loaded = _load_from_hub(config.name_or_path, dtype)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(_describe_misfit(config, str(error).strip().splitlines()[0])) from error
-    for part, (_, info) in zip(BASE_PARTS, loaded, strict=True):
-        for kind in ("missing", "unexpected", "mismatched"):
-            if info[f"{kind}_keys"]:
-                names = ", ".join(str(key) for key in sorted(info[f"{kind}_keys"])[:3])
-                count = len(info[f"{kind}_keys"])
-                raise ValueError(_describe_misfit(config, f"{part}: {count} {kind}: {names}."))
-    vae, unet, text_encoder = (network for network, _ in loaded)
-    return vae, unet, text_encoder
-
-
-def _load_from_hub(hub_id: str, dtype: torch.dtype) -> Any:
-    """Load what the hub's cache holds, and ask the hub for the rest alone.
-
-    Without a network diffusers asks for each file six times, half a minute long, and then takes
-    the cached one after all.
-    """
-    try:
-        return _load_parts(hub_id, dtype, local_files_only=True)
-    except OSError:
-        return _load_parts(hub_id, dtype)
-
-
-def _load_parts(name: str, dtype: torch.dtype, *, local_files_only: bool = False) -> Any:
-    """Return VAE, UNet and text encoder, each with what was missing or left over."""
-    where: Any = {"output_loading_info": True, "local_files_only": local_files_only}
-    return (
-        AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=torch.float32, **where),
-        UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=dtype, **where),
-        CLIPTextModel.from_pretrained(
-            name, subfolder="text_encoder", dtype=dtype, ignore_mismatched_sizes=True, **where
-        ),
-    )
-
-
-def _load_tokenizer(config: BaseConfig) -> CLIPTokenizer:
-    """Load the tokenizer, before the weights: it may be what is missing.
-
-    Raises:
-        ValueError: its files are missing or torn.
-    """
-    folder = config.config_dir / "tokenizer"
-    needed = f"the base {config.name} must hold a CLIP tokenizer (vocab.json, merges.txt), got"
-    if not (folder / "tokenizer.json").is_file():
-        for name in ("vocab.json", "merges.txt"):
-            if not (folder / name).is_file():
-                raise ValueError(f"{needed} no {name} in {folder}. Fetch it again.")
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # its libraries raise that very class for a torn file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{needed} {folder}: {reason}. Fetch it again.") from error
-
-
-def _load_single_file(config: BaseConfig) -> Networks:
-    """Load a file in the authors' own format, strictly.
-
-    Raises:
-        ValueError: the file lacks a network, or its tensors don't fit the configuration.
-    """
-    assert config.single_file is not None
-    with init_empty_weights():
-        vae = cast(AutoencoderKL, AutoencoderKL.from_config(config.vae))
-        unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(config.unet))
-        text_encoder = CLIPTextModel(CLIPTextConfig(**config.text_encoder))
-    weights = read_single_file(config.single_file, config=config, text_encoder=text_encoder)
-    for part, network, state_dict in (
-        ("vae", vae, weights.vae),
-        ("unet", unet, weights.unet),
-        ("text_encoder", text_encoder, weights.text_encoder),
-    ):
-        mismatch = describe_mismatch(shapes(network.state_dict()), shapes(state_dict))
-        if mismatch:
-            raise ValueError(_describe_misfit(config, f"{part}: {mismatch}."))
-        network.load_state_dict(state_dict, strict=True, assign=True)
-    return vae, unet, text_encoder
-
-
-def _describe_misfit(config: BaseConfig, reason: str) -> str:
-    return (
-        f"the base {config.name} must hold the weights that its configuration describes, got "
-        f"{reason} Fetch it again, or correct --pretrained_model_name_or_path or --base_config."
-    )
-
-
-def shapes(state_dict: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Return each tensor's shape by its name."""
-    return {name: tensor.shape for name, tensor in state_dict.items()}
-
-
 def build_controlnet(unet: UNet2DConditionModel, *, stride: int) -> ControlNetModel:
     """Copy the UNet's encoder into a trainable ControlNet whose outputs start at zero.
 
@@ -338,7 +227,7 @@ def load_controlnet_weights(
     Raises:
         ValueError: lists the differences by name.
     """
-    mismatch = describe_mismatch(shapes(controlnet.state_dict()), shapes(state_dict))
+    mismatch = describe_mismatch(controlnet.state_dict(), state_dict)
     if mismatch:
         raise ValueError(
             f"{source} must hold a ControlNet for this base, got {mismatch}. "

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Size, Tensor
+from torch import Tensor
 
 LDM_PREFIX = "control_model."
 # Every ControlNet has these keys and nothing else does: what stands before them is a prefix.
@@ -36,6 +36,7 @@ FOLDER_FILES = (
     "controlnet/diffusion_pytorch_model.safetensors",
     "checkpoints/last.ckpt",
 )
+NUM_SHOWN = 3  # names in a message
 HINT_OUT_INDEX = 14  # of input_hint_block: the first ControlNet's; diffusers expects it there
 
 # diffusers -> LDM; source: lllyasviel/ControlNet, cldm/cldm.py and ldm's openaimodel.py.
@@ -358,22 +359,22 @@ def _find_controlnet(content: object, path: Path) -> tuple[dict[str, Tensor], st
     )
 
 
-def describe_mismatch(
-    expected: Mapping[str, Size], got: Mapping[str, Size], *, num_shown: int = 3
-) -> str | None:
+def describe_mismatch(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str | None:
     """Say in one line how two sets of tensors differ by name and shape; None if they don't.
 
     Args:
-        expected: shapes by name, as the model has them.
-        got: shapes by name, as the file has them.
-        num_shown: how many of each kind are named; the rest is counted.
+        expected: as the model has them.
+        got: as the file has them.
+
+    Returns:
+        the counts, and NUM_SHOWN names of each kind.
     """
     missing = [name for name in expected if name not in got]
     unexpected = [name for name in got if name not in expected]
     reshaped = [
-        f"{name} {tuple(got[name])} instead of {tuple(expected[name])}"
+        f"{name} {tuple(got[name].shape)} instead of {tuple(expected[name].shape)}"
         for name in expected
-        if name in got and tuple(got[name]) != tuple(expected[name])
+        if name in got and got[name].shape != expected[name].shape
     ]
     parts = []
     for kind, items in (
@@ -382,6 +383,6 @@ def describe_mismatch(
         ("of another shape", reshaped),
     ):
         if items:
-            rest = f" and {len(items) - num_shown} more" if len(items) > num_shown else ""
-            parts.append(f"{len(items)} {kind}: {', '.join(items[:num_shown])}{rest}")
+            rest = f" and {len(items) - NUM_SHOWN} more" if len(items) > NUM_SHOWN else ""
+            parts.append(f"{len(items)} {kind}: {', '.join(items[:NUM_SHOWN])}{rest}")
     return "; ".join(parts) or None
