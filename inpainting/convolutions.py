@@ -12,39 +12,63 @@ FEWEST_CELLS = 24
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A frozen convolution that on a CPU, in float32, takes Winograd's algorithm where it fits.
+    """A convolution that takes Winograd's algorithm where that is faster.
 
-    That is NNPACK's, which comes with torch: 64 multiplications instead of 324 for 6 x 6 results,
-    1.1 to 3 times as fast as oneDNN (docs/benchmarks). It rounds more coarsely, by up to 1e-4 of
+    It is NNPACK's, which comes with torch: 64 multiplications instead of 324 for 6 x 6 results, up
+    to three times as fast as oneDNN (docs/benchmarks). It rounds more coarsely, by up to 1e-4 of
     what results usually are instead of 3e-6: a hundredth of what bf16 does, and little beside the
-    float16 that moments are kept in.
+    float16 that moments are kept in. Outside autocast alone: NNPACK doesn't know it.
 
     Source: Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks", section 4.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if input.device.type != "cpu" or input.dtype != torch.float32:
-            return super()._conv_forward(input, weight, bias)
-        if weight.stride(-1) != 1:
-            # Channels last, but what NNPACK returns isn't: the layers between had better not be.
-            with torch.inference_mode(False):  # what is cloned in it lets no gradient through
-                weight = weight.clone(memory_format=torch.contiguous_format)
-            self.weight.data = weight
         is_small = min(input.shape[-2:]) < FEWEST_CELLS
         if is_small or self.kernel_size != (3, 3) or self.stride != (1, 1):
             return super()._conv_forward(input, weight, bias)
+        if not has_winograd(input.device, input.dtype):
+            return super()._conv_forward(input, weight, bias)
         padding = cast(tuple[int, int], self.padding)
-        return torch._nnpack_spatial_convolution(input, weight, bias, padding)
+        # One by one: for more pictures NNPACK has another way, no faster than oneDNN.
+        pictures = [
+            torch._nnpack_spatial_convolution(picture, weight, bias, padding)
+            for picture in input.split(1)
+        ]
+        return torch.cat(pictures) if len(pictures) > 1 else pictures[0]
+
+
+def has_winograd(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether a WinogradConv2d takes Winograd's algorithm here.
+
+    In float32 on an x86 CPU, in a process with one thread: with two, torch's own wait for work
+    where NNPACK's have theirs to do, and a small VAE takes half as long again.
+    """
+    return (
+        device.type == "cpu"
+        and dtype == torch.float32
+        and torch.get_num_threads() == 1
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        and torch.backends.nnpack.is_available()  # asking starts NNPACK
+    )
 
 
 def use_winograd(network: nn.Module) -> None:
-    """Make a network's convolutions WinogradConv2d, if this machine has what that needs.
+    """Make a network's convolutions WinogradConv2d."""
+    for layer in network.modules():
+        if type(layer) is nn.Conv2d:
+            assert (layer.groups, layer.dilation, layer.padding_mode) == (1, (1, 1), "zeros")
+            assert isinstance(layer.padding, tuple)
+            layer.__class__ = WinogradConv2d
 
-    NNPACK runs on other processors than x86 too; whether it is faster there wasn't measured.
+
+def lay_out(network: nn.Module) -> None:
+    """Put a network's weights in the order that its convolutions are fastest in.
+
+    That depends on device and dtype: after each change of them. Channels last are what GPUs
+    compute in, and make a CPU's bf16 8 to 20 % faster (docs/benchmarks); NNPACK's results are
+    channels first, and each layer between would have to bring them back.
     """
-    is_x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    if is_x86 and torch.backends.nnpack.is_available():  # asking starts NNPACK
-        for layer in network.modules():
-            if type(layer) is nn.Conv2d:
-                assert (layer.groups, layer.dilation, layer.padding_mode) == (1, (1, 1), "zeros")
-                layer.__class__ = WinogradConv2d
+    parameter = next(network.parameters())
+    is_first = has_winograd(parameter.device, parameter.dtype)
+    layout = torch.contiguous_format if is_first else torch.channels_last
+    nn.Module.to(network, memory_format=layout)  # type: ignore[call-overload]

@@ -34,7 +34,7 @@ from inpainting.atomic import alone_in, replace_atomically
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 3  # raise it with every change of what is stored
+FORMAT_VERSION = 2  # raise it with every change of what is stored
 PICTURES_PER_FILE = 16384  # 1 GB at 512 px: few files, none too large for any file system
 
 _HEADER = struct.Struct("<qII")  # tag, CRC-32 of the moments, zero

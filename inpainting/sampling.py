@@ -54,7 +54,7 @@ SCHEDULERS = {
     "euler_a": EulerAncestralDiscreteScheduler,
 }
 # Raise it when the same weights and seed fill a hole otherwise: measures of both aren't mixed.
-FILL_VERSION = 2
+FILL_VERSION = 1
 # Pixels of context around a hole that is cropped to, at least; half the hole's longer side if more.
 MIN_CONTEXT_PX = 32
 

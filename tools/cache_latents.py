@@ -59,6 +59,7 @@ def fill(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from data import MissingViews
+    from inpainting.convolutions import lay_out
     from inpainting.inspection import open_training_data
     from inpainting.unreadable import UnreadablePictures
     from lightning_data import split_rows
@@ -76,6 +77,7 @@ def fill(args: argparse.Namespace) -> None:
     describe_moments_cache(cache, num_slots=num_slots)
     device = _device(args)
     base.vae.to(device=device, dtype=FROZEN_DTYPES[args.precision][1])  # type: ignore[call-arg]
+    lay_out(base.vae)
     missing = MissingViews(
         index,
         train_rows=train_rows,

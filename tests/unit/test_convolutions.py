@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 
@@ -8,13 +9,39 @@ import pytest
 import torch
 from torch import nn
 
-from inpainting.convolutions import FEWEST_CELLS, WinogradConv2d, use_winograd
+from inpainting.convolutions import (
+    FEWEST_CELLS,
+    WinogradConv2d,
+    has_winograd,
+    lay_out,
+    use_winograd,
+)
 from tests import tiny
 
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 HAS_NNPACK = torch.backends.cpu.get_cpu_capability().startswith("AVX") and (
     torch.backends.nnpack.is_available()
 )
 needs_nnpack = pytest.mark.skipif(not HAS_NNPACK, reason="torch has no NNPACK for this processor")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+
+@pytest.fixture
+def nnpack_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures each call of NNPACK is given."""
+    sizes: list[int] = []
+    convolve = torch._nnpack_spatial_convolution
+
+    def count(input: torch.Tensor, *args: object) -> torch.Tensor:
+        sizes.append(len(input))
+        return convolve(input, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch, "_nnpack_spatial_convolution", count)
+    return sizes
 
 
 def pair(**geometry: int) -> tuple[nn.Conv2d, nn.Conv2d]:
@@ -23,36 +50,30 @@ def pair(**geometry: int) -> tuple[nn.Conv2d, nn.Conv2d]:
     plain = nn.Conv2d(8, 12, **{"kernel_size": 3, "padding": 1, **geometry})  # type: ignore[arg-type]
     sparing = copy.deepcopy(plain)
     use_winograd(sparing)
-    return plain, sparing
-
-
-def count_nnpack(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    calls: list[int] = []
-    convolve = torch._nnpack_spatial_convolution
-
-    def count(*args: object) -> torch.Tensor:
-        calls.append(1)
-        return convolve(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(torch, "_nnpack_spatial_convolution", count)
-    return calls
+    return plain.requires_grad_(False), sparing.requires_grad_(False)
 
 
 @needs_nnpack
 @pytest.mark.parametrize("size", [(24, 24), (24, 61), (37, 40), (64, 64)])
 @pytest.mark.parametrize("padding", [0, 1])
-def test_winograds_results_are_the_convolutions(size, padding: int, monkeypatch) -> None:
+def test_winograds_results_are_the_convolutions(size, padding: int, nnpack_batches) -> None:
     plain, sparing = pair(padding=padding)
     image = torch.randn(2, 8, *size)
-    calls = count_nnpack(monkeypatch)
-    with torch.no_grad():
-        got, expected = sparing(image), plain.double()(image.double())
-    assert calls
+    got, expected = sparing(image), plain.double()(image.double())
+    assert nnpack_batches == [1, 1]
     # F(6 x 6, 3 x 3) loses a decimal or two of float32's seven
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-4 * float(expected.std()))
 
 
 @needs_nnpack
+def test_a_picture_gets_the_same_bits_in_every_batch() -> None:
+    _, sparing = pair()
+    image = torch.randn(3, 8, 40, 40)
+    together = sparing(image)
+    for i in range(3):
+        assert torch.equal(together[i : i + 1], sparing(image[i : i + 1])), i
+
+
 @pytest.mark.parametrize(
     ("geometry", "size", "dtype"),
     [
@@ -63,33 +84,54 @@ def test_winograds_results_are_the_convolutions(size, padding: int, monkeypatch)
     ],
     ids=["1x1", "stride 2", "few cells", "bf16"],
 )
-def test_what_doesnt_fit_is_computed_as_ever(geometry, size: int, dtype, monkeypatch) -> None:
+def test_what_doesnt_fit_is_computed_as_ever(geometry, size, dtype, nnpack_batches) -> None:
     plain, sparing = (layer.to(dtype) for layer in pair(**geometry))
     image = torch.randn(1, 8, size, size).to(dtype)
-    calls = count_nnpack(monkeypatch)
     assert torch.equal(sparing(image), plain(image))
-    assert not calls
+    assert not nnpack_batches
+
+
+def test_winograd_is_for_one_thread_of_an_x86_cpu_in_fp32(monkeypatch) -> None:
+    assert has_winograd(CPU, torch.float32) == HAS_NNPACK
+    assert not has_winograd(CPU, torch.bfloat16)
+    assert not has_winograd(GPU, torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 2)
+        assert not has_winograd(CPU, torch.float32)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+    assert not has_winograd(CPU, torch.float32)
 
 
 @needs_nnpack
-def test_a_vae_stays_what_it_was_but_for_rounding() -> None:
+def test_a_vae_stays_what_it_was_but_for_rounding(nnpack_batches) -> None:
     vae = tiny.base().vae
-    nn.Module.to(vae, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for layer in vae.modules():
+        if isinstance(layer, WinogradConv2d):
+            layer.__class__ = nn.Conv2d
     sparing = copy.deepcopy(vae)
     use_winograd(sparing)
+    lay_out(sparing)
     layers = [layer for layer in sparing.modules() if isinstance(layer, nn.Conv2d)]
     assert layers
     assert all(type(layer) is WinogradConv2d for layer in layers)
-    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    image = torch.rand(2, 3, 64, 64) * 2 - 1
     with torch.inference_mode():
         got, expected = (network.encode(image)[0].mean for network in (sparing, vae))
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
         got, expected = (network.decode(expected)[0] for network in (sparing, vae))
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    assert nnpack_batches
     for name, tensor in vae.state_dict().items():
         assert torch.equal(sparing.state_dict()[name], tensor), name
-    sparing.encode(image.requires_grad_())[0].mean.sum().backward()  # its weights still allow it
-    assert image.grad is not None
+
+
+@needs_nnpack
+def test_weights_are_laid_out_for_what_computes() -> None:
+    network = nn.Sequential(nn.Conv2d(8, 12, 3), nn.Conv2d(12, 8, 1))
+    for dtype, last_stride in ((torch.bfloat16, (8, 12)), (torch.float32, (1, 1))):
+        network.to(dtype)
+        lay_out(network)
+        assert tuple(layer.weight.stride(-1) for layer in network) == last_stride, dtype  # type: ignore[union-attr, operator]
 
 
 @needs_nnpack
@@ -100,14 +142,11 @@ import torch
 from inpainting.convolutions import use_winograd
 layer = torch.nn.Conv2d(8, 8, 3, padding=1)
 use_winograd(layer)
-print(tuple(layer(torch.zeros(1, 8, 32, 32)).shape), type(layer).__name__)
+convolve = torch._nnpack_spatial_convolution
+torch._nnpack_spatial_convolution = lambda *args: print("NNPACK") or convolve(*args)
+print(tuple(layer(torch.zeros(1, 8, 32, 32)).shape))
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert run.stdout.strip() == "(1, 8, 32, 32) WinogradConv2d", run.stderr
-
-
-def test_a_processor_that_wasnt_measured_keeps_its_convolutions(monkeypatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
-    layer = nn.Conv2d(8, 8, 3)
-    use_winograd(layer)
-    assert type(layer) is nn.Conv2d
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.stdout.splitlines() == ["NNPACK", "(1, 8, 32, 32)"], run.stderr
