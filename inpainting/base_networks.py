@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from inpainting.base import BaseConfig
-from inpainting.interop import describe_mismatch, read_weight_file
+from inpainting.interop import NUM_SHOWN, describe_mismatch, read_weight_file
 from inpainting.single_file import read_single_file
 
 BASE_PARTS = ("vae", "unet", "text_encoder")  # the folders of a base that hold weights
@@ -25,7 +25,8 @@ def load_networks(config: BaseConfig, *, dtype: torch.dtype) -> Networks:
 
     Args:
         config: of the base; its weights are where it was read from.
-        dtype: of UNet and text encoder where they come from a folder; a file's keep their own.
+        dtype: of UNet and text encoder from a folder or the hub, beside a VAE in float32; those of
+            a single file come as they are in it.
 
     Raises:
         ValueError: the weights are missing, torn, or don't fit the configuration.
@@ -67,7 +68,7 @@ def _load_folder(config: BaseConfig, dtype: torch.dtype) -> Networks:
     for part, (_, info) in zip(BASE_PARTS, loaded, strict=True):
         for kind in ("missing", "unexpected", "mismatched"):
             if info[f"{kind}_keys"]:
-                names = ", ".join(str(key) for key in sorted(info[f"{kind}_keys"])[:3])
+                names = ", ".join(str(key) for key in sorted(info[f"{kind}_keys"])[:NUM_SHOWN])
                 count = len(info[f"{kind}_keys"])
                 raise ValueError(_describe_misfit(config, f"{part}: {count} {kind}: {names}."))
     vae, unet, text_encoder = (network for network, _ in loaded)
