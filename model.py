@@ -71,9 +71,13 @@ class Base:
 
     def to(self, device: torch.device, *, dtype: torch.dtype, vae_dtype: torch.dtype) -> None:
         """Move the frozen networks. fp16 overflows in the VAE, hence its own dtype."""
-        networks = ((self.vae, vae_dtype), (self.unet, dtype), (self.text_encoder, dtype))
-        for network, network_dtype in networks:
-            nn.Module.to(network, device=device, dtype=network_dtype)
+        self.place_vae(device, dtype=vae_dtype)
+        for network in (self.unet, self.text_encoder):
+            nn.Module.to(network, device=device, dtype=dtype)
+
+    def place_vae(self, device: torch.device, *, dtype: torch.dtype) -> None:
+        """Let the VAE compute on a device, in a dtype."""
+        nn.Module.to(self.vae, device=device, dtype=dtype)
         lay_out(self.vae)
 
     def move_vae(self, device: torch.device) -> None:
@@ -153,7 +157,6 @@ def load_base(
     tokenizer = load_tokenizer(config)  # before the weights: it may be what is missing
     vae, unet, text_encoder = parts = load_networks(config, dtype=dtype)
     for network in parts:
-        nn.Module.to(network, dtype=torch.float32 if network is vae else dtype)
         network.requires_grad_(False).eval()
     choose_kernels(vae, unet)
     if len(tokenizer) != text_encoder.config.vocab_size:

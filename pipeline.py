@@ -18,7 +18,6 @@ from diffusers import ControlNetModel
 from torch import Tensor
 
 from inpainting.checkpoints import base_hash, find_record
-from inpainting.convolutions import lay_out
 from inpainting.devices import choose_device, keep_freed_memory
 from inpainting.diffusion import HOLE_VALUE
 from inpainting.interop import read_controlnet_weights
@@ -103,8 +102,7 @@ def load_pipeline(
     )
     # VAE and text encoder stay in float32: fp16 overflows in the first, and the second's dtype is
     # that of the latents between the steps.
-    networks.vae.to(device=device)  # type: ignore[call-arg]
-    lay_out(networks.vae)
+    networks.place_vae(device, dtype=torch.float32)
     networks.text_encoder.to(device=device)  # type: ignore[arg-type]
     networks.unet.to(device=device, dtype=dtype)  # type: ignore[call-arg]
     controlnet.to(device=device, dtype=dtype)  # type: ignore[call-arg]

@@ -9,6 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from inpainting.base import BaseConfig
@@ -25,13 +26,15 @@ def load_networks(config: BaseConfig, *, dtype: torch.dtype) -> Networks:
 
     Args:
         config: of the base; its weights are where it was read from.
-        dtype: of UNet and text encoder from a folder or the hub, beside a VAE in float32; those of
-            a single file come as they are in it.
+        dtype: of UNet and text encoder; the VAE is in float32.
 
     Raises:
         ValueError: the weights are missing, torn, or don't fit the configuration.
     """
-    return _load_single_file(config) if config.single_file else _load_folder(config, dtype)
+    parts = _load_single_file(config) if config.single_file else _load_folder(config, dtype)
+    for name, network in zip(BASE_PARTS, parts, strict=True):
+        nn.Module.to(network, dtype=torch.float32 if name == "vae" else dtype)
+    return parts
 
 
 def load_tokenizer(config: BaseConfig) -> CLIPTokenizer:

@@ -23,10 +23,9 @@ class WinogradConv2d(nn.Conv2d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        is_small = min(input.shape[-2:]) < FEWEST_CELLS
-        if is_small or self.kernel_size != (3, 3) or self.stride != (1, 1):
-            return super()._conv_forward(input, weight, bias)
-        if not has_winograd(input.device, input.dtype):
+        fits = (self.kernel_size, self.stride) == ((3, 3), (1, 1))
+        fits = fits and min(input.shape[-2:]) >= FEWEST_CELLS
+        if not (fits and has_winograd(input.device, input.dtype)):
             return super()._conv_forward(input, weight, bias)
         padding = cast(tuple[int, int], self.padding)
         # One by one: for more pictures NNPACK has another way, no faster than oneDNN.

@@ -55,11 +55,11 @@ def fill(args: argparse.Namespace) -> None:
     if args.cache_latents == "off":
         raise ValueError("--cache_latents must be auto or a folder, got off. Drop the flag.")
     _resolve(args)
+    import torch
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
     from data import MissingViews
-    from inpainting.convolutions import lay_out
     from inpainting.inspection import open_training_data
     from inpainting.unreadable import UnreadablePictures
     from lightning_data import split_rows
@@ -75,9 +75,8 @@ def fill(args: argparse.Namespace) -> None:
     train_rows, val_rows = split_rows(index.image_ids, val_split=args.val_split)
     num_slots = len(train_rows) * len(rule.views) + len(val_rows)
     describe_moments_cache(cache, num_slots=num_slots)
-    device = _device(args)
-    base.vae.to(device=device, dtype=FROZEN_DTYPES[args.precision][1])  # type: ignore[call-arg]
-    lay_out(base.vae)
+    device = torch.device(_device(args))
+    base.place_vae(device, dtype=FROZEN_DTYPES[args.precision][1])
     missing = MissingViews(
         index,
         train_rows=train_rows,

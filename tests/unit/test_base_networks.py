@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,6 @@ WEIGHT_FILES = {
     "unet": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
 }
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny.base()
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    return Path(shutil.copytree(tiny.base_folder(), tmp_path / "my-base"))
 
 
 def predict(base: Base, batch: Sample) -> torch.Tensor:

@@ -20,11 +20,6 @@ NUM_STEPS = 5
 BAD_STEP = 2
 
 
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny.base()
-
-
 def train(
     base: Base,
     batches: list,

@@ -15,11 +15,6 @@ from model import Base
 from tests import stand_in_adam, tiny
 
 
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny.base()
-
-
 def trainer(folder: Path, *, max_steps: int = 1, max_epochs: int | None = None) -> pl.Trainer:
     return pl.Trainer(
         accelerator="cpu",

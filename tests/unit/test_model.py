@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -27,16 +26,6 @@ SD21_CONFIGS = SD15_CONFIGS.with_name("sd21base_configs")
 NETWORKS = ("vae", "unet", "text_encoder")
 
 
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return tiny.base()
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    return Path(shutil.copytree(tiny.base_folder(), tmp_path / "my-base"))
-
-
 def run(base: Base, controlnet, batch, *, with_controlnet: bool = True) -> torch.Tensor:
     hidden = base.encode_prompt(batch["input_ids"])
     if not with_controlnet:
@@ -49,11 +38,6 @@ def run(base: Base, controlnet, batch, *, with_controlnet: bool = True) -> torch
         encoder_hidden_states=hidden,
         conditioning=make_conditioning(batch["image"], batch["mask"]),
     )
-
-
-def one_line(error: pytest.ExceptionInfo) -> str:
-    assert "\n" not in str(error.value), str(error.value)
-    return str(error.value)
 
 
 # ---- the ControlNet
@@ -144,7 +128,8 @@ def test_controlnet_weights_that_dont_fit_are_refused_by_name(base) -> None:
     weights["conv_in.weight"] = torch.zeros(16, 9, 3, 3)
     with pytest.raises(ValueError, match=r"old\.pth must hold a ControlNet for this base") as error:
         load_controlnet_weights(controlnet, weights, source="old.pth")
-    line = one_line(error)
+    line = str(error.value)
+    assert "\n" not in line, line
     assert "1 missing: conv_in.bias" in line
     assert "1 unexpected: extra" in line
     assert "conv_in.weight (16, 9, 3, 3) instead of (16, 4, 3, 3)" in line
