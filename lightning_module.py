@@ -239,7 +239,9 @@ class InpaintingControlNet(pl.LightningModule):
                 base.unet,
                 noisy_latents=noisy_latents,
                 timesteps=timesteps,
-                encoder_hidden_states=base.encode_prompt(batch["input_ids"]),
+                encoder_hidden_states=base.encode_prompt(
+                    batch["input_ids"], is_empty=not any(batch["prompt"])
+                ),
                 conditioning=make_conditioning(batch["image"], batch["mask"]),
             )
         target = prediction_target(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -48,6 +48,7 @@ class Base:
     tokenizer: CLIPTokenizer
     noise_scheduler: DDPMScheduler
     config: BaseConfig
+    _empty_prompt: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -72,6 +73,7 @@ class Base:
     def to(self, device: torch.device, *, dtype: torch.dtype, vae_dtype: torch.dtype) -> None:
         """Move the frozen networks. fp16 overflows in the VAE, hence its own dtype."""
         self.place_vae(device, dtype=vae_dtype)
+        self._empty_prompt = None
         for network in (self.unet, self.text_encoder):
             nn.Module.to(network, device=device, dtype=dtype)
 
@@ -128,9 +130,20 @@ class Base:
         return (mean + std * posterior_noise) * self.vae.config["scaling_factor"]
 
     @torch.no_grad()
-    def encode_prompt(self, input_ids: Tensor) -> Tensor:
-        """Return the text encoder's hidden states, (B, L) int64 -> (B, L, D)."""
-        return self.text_encoder(input_ids)[0]
+    def encode_prompt(self, input_ids: Tensor, *, is_empty: bool = False) -> Tensor:
+        """Return the text encoder's hidden states, (B, L) int64 -> (B, L, D).
+
+        Args:
+            input_ids: tokenized prompts.
+            is_empty: all of them are the empty prompt, which is encoded once and kept: half of a
+                training's batches of one, and all where nothing is known of the pictures.
+        """
+        if not is_empty:
+            return self.text_encoder(input_ids)[0]
+        if self._empty_prompt is None:
+            self._empty_prompt = cast(Tensor, self.text_encoder(input_ids[:1])[0])
+        # Copied: torch.compile would take a view without strides for another shape.
+        return self._empty_prompt.repeat(len(input_ids), 1, 1)
 
 
 def load_base(
@@ -179,8 +192,12 @@ def load_base(
 
 def choose_kernels(vae: AutoencoderKL, unet: UNet2DConditionModel) -> None:
     """Let frozen networks compute by what is fastest; it moves the last bits of the results."""
-    use_winograd(vae)
+    for network in (vae, unet):
+        use_winograd(network)
     lay_out(vae)
+    for layer in vae.modules():
+        if isinstance(layer, nn.SiLU):
+            layer.inplace = True  # nothing else reads a group norm's result
     unet.set_attn_processor(FittingAttention())  # type: ignore[arg-type]
 
 
@@ -213,6 +230,7 @@ def build_controlnet(unet: UNet2DConditionModel, *, stride: int) -> ControlNetMo
         unet, conditioning_embedding_out_channels=HINT_CHANNELS[: int(math.log2(stride)) + 1]
     )
     nn.Module.to(controlnet, dtype=torch.float32)
+    use_winograd(controlnet)
     controlnet.set_attn_processor(FittingAttention())  # type: ignore[arg-type]
     return controlnet.train()
 

@@ -173,5 +173,5 @@ def draw_batch(size: Size, *, image_size: int, batch_size: int, seed: int) -> Sa
         noise=noise[0],
         posterior_noise=noise[1],
         image_id=torch.arange(batch_size),
-        prompt=cast(str, [""] * batch_size),
+        prompt=cast(str, ["words"] * batch_size),
     )

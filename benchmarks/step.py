@@ -174,8 +174,10 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
     device, size = torch.device(args.device), SIZES[args.size]
     base = build_base(size)
     torch.manual_seed(0)
-    controlnet = build_controlnet(base.unet, stride=STRIDE).to(device)  # type: ignore[call-arg]
+    controlnet = ControlNetModel.from_unet(base.unet).train().to(device)  # type: ignore[call-arg]
     start_after_zero(controlnet, std=ZERO_CONVOLUTIONS_AT)
+    own_controlnet = build_controlnet(base.unet, stride=STRIDE).to(device)  # type: ignore[call-arg]
+    own_controlnet.load_state_dict(controlnet.state_dict())
     dtype, vae_dtype = FROZEN_DTYPES[args.precision]
     base.to(device, dtype=dtype, vae_dtype=vae_dtype)
     drawn: Any = [
@@ -200,7 +202,7 @@ def build_rows(args: argparse.Namespace) -> dict[str, Reference | Project]:
         if compile_mode != "off":  # changes the UNet
             row_base = replace(own_base, unet=copy.deepcopy(own_base.unet))
         row = build_project(
-            row_base, copy.deepcopy(controlnet), batches=batches, precision=args.precision,
+            row_base, copy.deepcopy(own_controlnet), batches=batches, precision=args.precision,
             compile_mode=compile_mode,
         )  # fmt: skip
         if first is not None:  # the others compute what it can't

@@ -1,4 +1,4 @@
-"""The VAE's convolutions, with fewer multiplications on a CPU."""
+"""Convolutions with fewer multiplications on a CPU."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-# With fewer cells along a side the tiles of 6 x 6 results are margin for the most part.
-FEWEST_CELLS = 24
+# With fewer cells along a side the tiles of 6 x 6 results are margin for the most part; with fewer
+# channels bringing the cells to tiles and back costs more than it saves.
+FEWEST_CELLS, FEWEST_CHANNELS = 24, 32
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -16,14 +17,15 @@ class WinogradConv2d(nn.Conv2d):
 
     It is NNPACK's, which comes with torch: 64 multiplications instead of 324 for 6 x 6 results, up
     to three times as fast as oneDNN (docs/benchmarks). It rounds more coarsely, by up to 1e-4 of
-    what results usually are instead of 3e-6: a hundredth of what bf16 does, and little beside the
-    float16 that moments are kept in. Outside autocast alone: NNPACK doesn't know it.
+    what results usually are instead of 3e-6: a hundredth of what bf16 does. Gradients are computed
+    as ever.
 
     Source: Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks", section 4.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         fits = (self.kernel_size, self.stride) == ((3, 3), (1, 1))
+        fits = fits and min(self.in_channels, self.out_channels) >= FEWEST_CHANNELS
         fits = fits and min(input.shape[-2:]) >= FEWEST_CELLS
         if not (fits and has_winograd(input.device, input.dtype)):
             return super()._conv_forward(input, weight, bias)
@@ -40,12 +42,15 @@ def has_winograd(device: torch.device, dtype: torch.dtype) -> bool:
     """Tell whether a WinogradConv2d takes Winograd's algorithm here.
 
     In float32 on an x86 CPU, in a process with one thread: with two, torch's own wait for work
-    where NNPACK's have theirs to do, and a small VAE takes half as long again.
+    where NNPACK's have theirs to do, and a small VAE takes half as long again. Neither autocast nor
+    torch.compile knows NNPACK.
     """
     return (
-        device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and device.type == "cpu"
         and dtype == torch.float32
         and torch.get_num_threads() == 1
+        and not torch.is_autocast_enabled("cpu")
         and torch.backends.cpu.get_cpu_capability().startswith("AVX")
         and torch.backends.nnpack.is_available()  # asking starts NNPACK
     )

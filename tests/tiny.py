@@ -156,5 +156,5 @@ def batch(base: Base, *, seed: int = 0, batch_size: int = 2) -> Sample:
         noise=torch.from_numpy(noise[0]),
         posterior_noise=torch.from_numpy(noise[1]),
         image_id=torch.arange(batch_size),
-        prompt=[""] * batch_size,  # type: ignore[typeddict-item]
+        prompt=["words"] * batch_size,  # type: ignore[typeddict-item]
     )

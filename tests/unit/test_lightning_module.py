@@ -306,6 +306,18 @@ def test_the_base_loss_is_that_of_the_unet_alone_with_the_same_weights(
     )
 
 
+def test_a_batch_without_words_is_encoded_once_in_a_run() -> None:
+    base = tiny.base()
+    module = tiny.module(base, tiny.controlnet(base))
+    texts: list[int] = []
+    base.text_encoder.register_forward_hook(lambda *_: texts.append(1))
+    for prompts, num_texts in ((["", ""], 1), (["", ""], 1), (["", "a dog"], 2), (["", ""], 2)):
+        batch = tiny.batch(base)
+        batch["prompt"] = prompts  # type: ignore[typeddict-item]
+        module.loss(batch, module.controlnet)
+        assert len(texts) == num_texts, prompts
+
+
 def test_the_base_is_asked_once_per_picture_in_a_run(base, tmp_path, monkeypatch) -> None:
     module = tiny.module(base, tiny.controlnet(base))
     asked: list[bool] = []

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from inpainting.base import read_base_config
+from inpainting.captions import tokenize
+from inpainting.convolutions import WinogradConv2d
 from inpainting.diffusion import make_conditioning
 from model import (
     Base,
@@ -38,6 +40,31 @@ def run(base: Base, controlnet, batch, *, with_controlnet: bool = True) -> torch
         encoder_hidden_states=hidden,
         conditioning=make_conditioning(batch["image"], batch["mask"]),
     )
+
+
+# ---- the base
+
+
+def test_the_empty_prompt_is_encoded_once_for_each_place_it_computes_in() -> None:
+    base = tiny.base()
+    empty = tokenize(base.tokenizer, "")
+    calls: list[int] = []
+    base.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(2):
+        kept = base.encode_prompt(empty.expand(3, -1), is_empty=True)
+    assert len(calls) == 1
+    assert kept.is_contiguous()
+    assert torch.equal(kept[:1], base.encode_prompt(empty[None]))
+    torch.testing.assert_close(kept, base.encode_prompt(empty.expand(3, -1)))
+    base.to(torch.device("cpu"), dtype=torch.bfloat16, vae_dtype=torch.float32)
+    assert base.encode_prompt(empty[None], is_empty=True).dtype == torch.bfloat16
+
+
+def test_what_computes_takes_the_kernels_that_are_fastest(base) -> None:
+    for network in (base.vae, base.unet, build_controlnet(base.unet, stride=8)):
+        layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d)]
+        assert layers
+        assert {type(layer) for layer in layers} == {WinogradConv2d}
 
 
 # ---- the ControlNet
