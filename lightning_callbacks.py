@@ -64,6 +64,7 @@ class ProgressBar(TQDMProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self.loss: float | None = None
+        self._step: int | None = None  # whose loss it is
         self._drawn_at = -math.inf
 
     def _should_update(self, current: int, total: int | float) -> bool:
@@ -91,10 +92,11 @@ class ProgressBar(TQDMProgressBar):
         batch: Sample,
         batch_idx: int,
     ) -> None:
-        """Read the loss where that costs nothing, and draw."""
-        loss: Tensor = outputs["loss"]
-        is_log_point = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        """Read the loss where that costs nothing, once in a step, and draw."""
+        loss, step = outputs["loss"], trainer.global_step
+        is_log_point = step % trainer.log_every_n_steps == 0 and step != self._step  # type: ignore[attr-defined]
         if loss.device.type == "cpu" or is_log_point or self.loss is None:
+            self._step = step
             self.loss = loss.item() * trainer.accumulate_grad_batches
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 

@@ -252,6 +252,8 @@ class StopOnSignal(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prepare for asking all ranks; install the handlers where no sanity check did."""
         self.on_sanity_check_start(trainer, pl_module)
+        # Lightning asks all ranks before each batch, and its answer waits for the GPU.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if trainer.world_size > 1:
             # On the CPU: asking costs no synchronisation with the GPU.
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))

@@ -43,7 +43,7 @@ from inpainting.unreadable import UnreadablePictures
 from lightning_checkpoints import KeepRunFolder
 from lightning_data import InpaintingDataModule, ResumePosition
 from lightning_module import FROZEN_DTYPES, InpaintingControlNet
-from lightning_trainer import build_trainer
+from lightning_trainer import build_trainer, least_world_size
 from model import Base, build_controlnet, load_base, load_controlnet_weights
 
 logger = logging.getLogger("train_lightning")
@@ -210,7 +210,7 @@ def open_moments_cache(
             image_dir=index.image_dir,
             encoder=hash_encoder(base.vae),
             dtype=FROZEN_DTYPES[args.precision][1],
-            device_type="gpu" if args.accelerator == "auto" else args.accelerator,
+            device_type=args.accelerator,
             image_size=args.image_size,
         ),
         image_ids=index.image_ids,
@@ -235,14 +235,6 @@ def describe_moments_cache(cache: MomentsCache, *, num_slots: int) -> None:
             "the others are encoded in each epoch. Name a larger disk: --cache_latents DIR",
             (full - stored) / 1e9, max(room, 0) / 1e9,
         )  # fmt: skip
-
-
-def least_world_size(args: argparse.Namespace) -> int:
-    """Return the number of processes: one a device, and -1 are all GPUs."""
-    num_devices = len(args.devices) if isinstance(args.devices, list) else args.devices
-    if num_devices == -1:
-        num_devices = torch.cuda.device_count() if args.accelerator in ("auto", "gpu") else 1
-    return max(num_devices, 1) * args.num_nodes
 
 
 def _count_steps(
@@ -298,7 +290,7 @@ def _facts(args: argparse.Namespace, *, index: CocoIndex, base: Base) -> dict[st
     """Return what decides a run's bits beside its flags: see inpainting.changes."""
     device = args.accelerator
     if args.accelerator == "gpu":
-        device = torch.cuda.get_device_name()
+        device = torch.cuda.get_device_name(args.devices[0] if args.devices != -1 else 0)
     elif args.accelerator == "cpu":  # sums are split between vector lanes and threads
         device = f"{torch.backends.cpu.get_cpu_capability()} x {torch.get_num_threads()}"
     return {

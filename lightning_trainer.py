@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning import profilers
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.plugins.precision import DeepSpeedPrecision
+from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch import Tensor
 
 from inpainting.runs import is_first_process
@@ -128,7 +130,7 @@ def build_trainer(
         accelerator=args.accelerator,
         devices=args.devices,
         num_nodes=args.num_nodes,
-        strategy=args.strategy,
+        strategy=build_strategy(args),
         precision=None if is_deepspeed else args.precision,
         max_epochs=args.num_epochs,
         max_steps=args.max_steps,
@@ -145,6 +147,21 @@ def build_trainer(
         use_distributed_sampler=False,
         enable_model_summary=False,
     )
+
+
+def least_world_size(args: argparse.Namespace) -> int:
+    """Return the number of processes: one a device, and -1 are all GPUs."""
+    num_devices = len(args.devices) if isinstance(args.devices, list) else args.devices
+    if num_devices == -1:
+        num_devices = torch.cuda.device_count() if args.accelerator == "gpu" else 1
+    return max(num_devices, 1) * args.num_nodes
+
+
+def build_strategy(args: argparse.Namespace) -> str | Strategy:
+    """Return --strategy; DDP with gradients that are kept once, not beside its buckets too."""
+    if args.strategy == "ddp" or (args.strategy == "auto" and least_world_size(args) > 1):
+        return DDPStrategy(gradient_as_bucket_view=True)
+    return args.strategy
 
 
 def _build_profiler(name: str | None, *, run_dir: Path) -> Any:

@@ -85,11 +85,13 @@ class Base:
     def move_vae(self, device: torch.device) -> None:
         """Bring the VAE to where it is needed, or away from where it isn't."""
         if self.vae.device != device:
-            nn.Module.to(self.vae, device=device)
+            # Moved within a validation its weights would be fit for inference alone.
+            with torch.inference_mode(False):
+                nn.Module.to(self.vae, device=device)
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
-        """Ask the VAE for the moments of its posterior, outside autocast.
+        """Ask the VAE for the moments of its posterior.
 
         Args:
             image: (B, 3, H, W) float32 [-1, 1].
@@ -97,7 +99,7 @@ class Base:
         Returns:
             (B, 2C, h, w) in the VAE's dtype: mean, then log-variance.
         """
-        with torch.autocast(image.device.type, enabled=False):
+        with outside_autocast(image.device):
             encoded = self.vae.encode(image.to(self.vae.dtype))
         return encoded.latent_dist.parameters  # type: ignore[union-attr]
 
@@ -138,10 +140,11 @@ class Base:
             is_empty: all of them are the empty prompt, which is encoded once and kept: half of a
                 training's batches of one, and all where nothing is known of the pictures.
         """
-        if not is_empty:
-            return self.text_encoder(input_ids)[0]
-        if self._empty_prompt is None:
-            self._empty_prompt = cast(Tensor, self.text_encoder(input_ids[:1])[0])
+        with outside_autocast(input_ids.device):
+            if not is_empty:
+                return self.text_encoder(input_ids)[0]
+            if self._empty_prompt is None:
+                self._empty_prompt = cast(Tensor, self.text_encoder(input_ids[:1])[0])
         # Copied: torch.compile would take a view without strides for another shape.
         return self._empty_prompt.repeat(len(input_ids), 1, 1)
 
@@ -272,21 +275,33 @@ def predict_noise(
         conditioning: (B, 3, H, W), [0, 1] with -1 in the hole.
 
     Returns:
-        (B, C, h, w): noise or v, as the base predicts.
+        (B, C, h, w) in the UNet's dtype: noise or v, as the base predicts.
     """
     down_block_res_samples, mid_block_res_sample = None, None
     if controlnet is not None:
         down_block_res_samples, mid_block_res_sample = controlnet(
             noisy_latents, timesteps, encoder_hidden_states, conditioning, return_dict=False
         )
-    return unet(
-        noisy_latents,
-        timesteps,
-        encoder_hidden_states,
-        down_block_additional_residuals=down_block_res_samples,
-        mid_block_additional_residual=mid_block_res_sample,
-        return_dict=False,
-    )[0]
+        down_block_res_samples = [sample.to(unet.dtype) for sample in down_block_res_samples]
+        mid_block_res_sample = mid_block_res_sample.to(unet.dtype)
+    with outside_autocast(noisy_latents.device):
+        return unet(
+            noisy_latents.to(unet.dtype),
+            timesteps,
+            encoder_hidden_states.to(unet.dtype),
+            down_block_additional_residuals=down_block_res_samples,
+            mid_block_additional_residual=mid_block_res_sample,
+            return_dict=False,
+        )[0]
+
+
+def outside_autocast(device: torch.device) -> torch.autocast:
+    """Let a frozen network compute in the dtype of its weights.
+
+    Under autocast a GPU would bring every norm to float32 and back; and Stable Diffusion's VAE
+    overflows in fp16.
+    """
+    return torch.autocast(device.type, enabled=False)
 
 
 def estimate_sizes(

@@ -205,7 +205,7 @@ def _quiet_lightning() -> None:
 
 
 def _print_dry_run(args: argparse.Namespace, *, config: BaseConfig, num_images: int) -> None:
-    from lightning_run import least_world_size
+    from lightning_trainer import least_world_size
     from model import estimate_sizes
 
     sizes = estimate_sizes(

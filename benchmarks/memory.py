@@ -7,8 +7,9 @@ that autograd keeps between forward and backward, each once, parameters left out
 follows from shapes and dtypes alone. On a GPU the peak of a whole step (forward, backward,
 clipping, optimizer) is measured too. Every setting sees the same weights, since the learning rate
 is 0, and the command fails (exit code 1) if a setting's loss or gradient parts from the plain
-one's. The VAE is off the device, as in a run whose pictures are all cached, and attention is the
-fused one on a CPU too: what is saved there is what a GPU would save.
+one's. The VAE is off the device, as in a run whose pictures are all cached. Attention is the fused
+one on a CPU too, convolutions are torch's own, and autocast brings norms to float32: what is saved
+there is what a GPU would save.
 
     python -m benchmarks.memory --size sd15 --precision bf16-mixed --shapes_only
 
@@ -20,24 +21,25 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from diffusers import ControlNetModel
-from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks.networks import SIZES, STRIDE, build_base, draw_batch, start_after_zero
+from benchmarks.networks import SIZES, build_base, draw_batch, start_after_zero
 from benchmarks.step import TOLERANCES, Project, build_project
 from benchmarks.timing import describe_machine
 from inpainting.arguments import module_parser
 from lightning_module import FROZEN_DTYPES
-from model import Base, build_controlnet
+from model import Base
 
 MIB = 2**20
 ZERO_CONVOLUTIONS_AT = 0.02
@@ -89,6 +91,27 @@ def count_saved(networks: Iterable[nn.Module]) -> Iterator[dict[int, torch.Untyp
         yield saved
 
 
+@contextmanager
+def norms_as_on_a_gpu() -> Iterator[None]:
+    """Let a CPU's autocast bring norms to float32, as CUDA's does.
+
+    Source: PyTorch's documentation, "CUDA Ops that can autocast to float32".
+    """
+
+    def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def compute(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            is_cast = torch.is_autocast_enabled("cpu")
+            return norm(input.float() if is_cast else input, *args, **kwargs)
+
+        return compute
+
+    with (
+        mock.patch.object(F, "group_norm", in_float32(F.group_norm)),
+        mock.patch.object(F, "layer_norm", in_float32(F.layer_norm)),
+    ):
+        yield
+
+
 def measure_setting(project: Project, *, shapes_only: bool) -> Measured:
     """Count what a forward pass saves, then take a step, and one whose peak is measured."""
     module, device = project.module, project.module.device
@@ -135,11 +158,9 @@ def build_networks(args: argparse.Namespace) -> tuple[Base, ControlNetModel]:
     with device if args.shapes_only else nullcontext():
         base = build_base(SIZES[args.size])
         torch.manual_seed(0)
-        controlnet = build_controlnet(base.unet, stride=STRIDE)
+        controlnet = ControlNetModel.from_unet(base.unet).train()
     controlnet.to(device)  # type: ignore[call-arg]
     start_after_zero(controlnet, std=ZERO_CONVOLUTIONS_AT)
-    for network in (base.unet, controlnet):
-        network.set_attn_processor(AttnProcessor2_0())  # type: ignore[arg-type]
     dtype, vae_dtype = FROZEN_DTYPES[args.precision]
     base.to(device, dtype=dtype, vae_dtype=vae_dtype)
     if not args.shapes_only:
@@ -178,6 +199,7 @@ def measure(args: argparse.Namespace) -> tuple[str, bool]:
     if args.shapes_only:
         with mode:
             take_data_away(base, controlnet)
+    norms = norms_as_on_a_gpu if device.type == "cpu" else nullcontext
     for setting in SETTINGS:
         controlnet.disable_gradient_checkpointing()
         base.unet.disable_gradient_checkpointing()
@@ -187,7 +209,7 @@ def measure(args: argparse.Namespace) -> tuple[str, bool]:
         )  # fmt: skip
         if setting == CONTROLNET:
             controlnet.enable_gradient_checkpointing()
-        with mode:
+        with mode, norms():
             found[setting] = measure_setting(project, shapes_only=args.shapes_only)
         del project  # its optimizer's state, before the next one's
         controlnet.zero_grad(set_to_none=True)

@@ -2,7 +2,7 @@
 
 Parameters, their average, Adam's state and its count of steps stay as they were, on all ranks
 alike. Nothing waits for the device until `check` is asked, at log points: a few such steps in a row
-end the run there.
+end the run there. (A GradScaler waits once a step.)
 
 A loss that isn't finite is made to spoil every gradient of its step. So the norm of all gradients,
 which is computed for clipping and is the same on all ranks, tells everything.

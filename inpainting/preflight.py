@@ -24,7 +24,7 @@ DEEPSPEED_STRATEGIES = (
     "deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload",
     "deepspeed_stage_3", "deepspeed_stage_3_offload",
 )  # fmt: skip
-STRATEGIES = ("auto", "ddp", *DEEPSPEED_STRATEGIES, "fsdp")
+STRATEGIES = ("auto", "ddp", *DEEPSPEED_STRATEGIES)
 # What can rank checkpoints, and whether its least or its greatest value is the best.
 MONITORS = {
     "val/loss": "min", "val/loss_hole": "min", "val/control_gain": "max", "val/psnr_hole": "max",
@@ -43,10 +43,9 @@ def check_flags(args: argparse.Namespace) -> list[str]:
     """
     _check_ranges(args)
     _check_paths(args)
-    is_deepspeed = args.strategy in DEEPSPEED_STRATEGIES
-    if args.find_lr and (is_deepspeed or args.strategy == "fsdp"):
+    if args.find_lr and args.strategy in DEEPSPEED_STRATEGIES:
         raise ValueError(
-            f"--find_lr must run without DeepSpeed or FSDP, got --strategy {args.strategy}. "
+            f"--find_lr must run without DeepSpeed, got --strategy {args.strategy}. "
             "Search on one device: --strategy auto --devices 1."
         )
     if args.use_8bit_adam:
@@ -55,8 +54,7 @@ def check_flags(args: argparse.Namespace) -> list[str]:
         _check_compiler()
     if args.find_lr and args.resume_from_checkpoint:
         raise ValueError("--find_lr starts from fresh weights, got --resume_from_checkpoint too.")
-    shards_parameters = args.strategy.startswith("deepspeed_stage_3") or args.strategy == "fsdp"
-    if args.ema_decay and shards_parameters:
+    if args.ema_decay and args.strategy.startswith("deepspeed_stage_3"):
         raise ValueError(
             f"--ema_decay needs whole parameters on each device, got --strategy {args.strategy}. "
             "Use --strategy deepspeed_stage_2 or ddp."
@@ -68,7 +66,7 @@ def check_flags(args: argparse.Namespace) -> list[str]:
         )
     if args.val_split == 0:
         _check_without_validation(args)
-    if is_deepspeed and args.accelerator in ("cpu", "mps", "tpu"):
+    if args.strategy in DEEPSPEED_STRATEGIES and args.accelerator in ("cpu", "mps", "tpu"):
         raise ValueError(
             f"--strategy {args.strategy} needs CUDA, got --accelerator {args.accelerator}. "
             "Use --strategy ddp."
@@ -87,10 +85,10 @@ def check_flags(args: argparse.Namespace) -> list[str]:
 
 
 def _check_8bit_adam(args: argparse.Namespace) -> None:
-    if args.strategy in (*DEEPSPEED_STRATEGIES, "fsdp"):
+    if args.strategy in DEEPSPEED_STRATEGIES:
         raise ValueError(
-            f"--use_8bit_adam must run without DeepSpeed or FSDP, got --strategy {args.strategy}: "
-            "they shard Adam's state instead. Drop one of the two."
+            f"--use_8bit_adam must run without DeepSpeed, got --strategy {args.strategy}: "
+            "it shards Adam's state instead. Drop one of the two."
         )
     if find_spec("bitsandbytes") is None:
         raise ValueError(
@@ -224,9 +222,9 @@ def resolve_device(args: argparse.Namespace) -> None:
 
     device_type = best_device_type()
     has_cuda = device_type == "cuda"
-    uses_cuda = has_cuda and args.accelerator in ("auto", "gpu")
-    if args.accelerator == "auto" and not has_cuda:
-        args.accelerator = device_type
+    if args.accelerator == "auto":
+        args.accelerator = "gpu" if has_cuda else device_type
+    uses_cuda = has_cuda and args.accelerator == "gpu"
     needs = {
         "gpu": ("CUDA", has_cuda),
         "mps": ("Apple's Metal", torch.backends.mps.is_available()),
@@ -238,7 +236,7 @@ def resolve_device(args: argparse.Namespace) -> None:
             f"--accelerator {args.accelerator} needs {need}, got a machine or a torch without. "
             f"Use --accelerator cpu, or install the build of torch that has {need}."
         )
-    if args.strategy in (*DEEPSPEED_STRATEGIES, "fsdp") and not uses_cuda:
+    if args.strategy in DEEPSPEED_STRATEGIES and not uses_cuda:
         raise ValueError(
             f"--strategy {args.strategy} needs CUDA, got a machine or a torch without. "
             "Use --strategy ddp."

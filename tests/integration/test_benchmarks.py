@@ -139,7 +139,7 @@ def measure_memory(
 
 @pytest.mark.parametrize(
     ("precision", "saved_mib", "shares"),
-    [("32", 2.7, [1.0, 0.915, 0.818]), ("bf16-mixed", 2.3, [1.0, 0.894, 0.836])],
+    [("32", 2.7, [1.0, 0.915, 0.818]), ("bf16-mixed", 2.3, [1.0, 0.882, 0.825])],
 )
 def test_checkpointing_saves_so_much_and_changes_nothing(
     precision: str, saved_mib: float, shares: list[float], capsys: pytest.CaptureFixture[str]

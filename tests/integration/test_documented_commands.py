@@ -65,7 +65,6 @@ NODE_SUBSTITUTIONS = {
 # Runs only where there is such a device: here it must be refused, in one line.
 REFUSED = {
     "--strategy deepspeed": "needs CUDA, got a machine or a torch without. Use --strategy ddp.",
-    "--strategy fsdp": "needs CUDA, got a machine or a torch without. Use --strategy ddp.",
     "--accelerator tpu": "--accelerator tpu needs",
     "--devices 0,2": "--devices must be a number of processes on CPU",
 }

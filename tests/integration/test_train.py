@@ -249,7 +249,7 @@ def test_the_bar_and_the_last_lines_read_as_promised(trained: Result) -> None:
         (["--limit_train_batches", "0.1"], "at least one of the 5 batches"),
         (["--limit_train_batches", "few"], "--limit_train_batches"),
         (["--strategy", "deepspeed"], "needs CUDA"),
-        (["--strategy", "fsdp"], "needs CUDA"),
+        (["--strategy", "fsdp"], "invalid choice"),
         (["--find_lr", "--strategy", "deepspeed"], "--find_lr"),
         (["--find_lr", "--resume_from_checkpoint", "last"], "--find_lr"),
         (["--devices", "two"], "--devices must be"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 
 from inpainting.atomic import replace_atomically, write_text_atomically
 from inpainting.preflight import MONITORS
@@ -287,3 +288,17 @@ def test_a_checkpoint_says_of_which_run_it_is_and_a_deleted_folder_is_made_again
     assert checkpoint["run"] == {"flags": {"seed": 1}}
     with pytest.raises(BlockingIOError):
         lock_run_dir(run_dir)
+
+
+def test_lightning_asks_no_rank_for_a_signal_before_each_batch(tmp_path, monkeypatch) -> None:
+    name = "_broadcast_sigterm_tensor"
+    assert name in _TrainingEpochLoop.advance.__code__.co_names, "it would prove nothing"
+    asked: list[int] = []
+    monkeypatch.setattr(_TrainingEpochLoop, name, lambda _: asked.append(1))
+
+    class Ask(pl.Callback):  # as advance does with several ranks
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
+
+    fit(tmp_path, extra=(Ask(),))
+    assert not asked

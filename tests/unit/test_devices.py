@@ -40,7 +40,7 @@ def test_auto_means_the_same_to_both_commands(
     assert best_device_type() == device_type
     assert best_precision(device_type) == precision
     assert args.precision == precision
-    assert args.accelerator == ("auto" if device_type == "cuda" else device_type)
+    assert args.accelerator == ("gpu" if device_type == "cuda" else device_type)
 
 
 def test_training_on_the_cpu_beside_a_gpu_is_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -307,6 +307,25 @@ def test_the_base_loss_is_that_of_the_unet_alone_with_the_same_weights(
     )
 
 
+def test_the_controlnet_alone_is_under_autocast() -> None:
+    """A GPU's autocast would bring each norm of the frozen networks to fp32 and back."""
+    base = tiny.base()
+    base.to(torch.device("cpu"), dtype=torch.bfloat16, vae_dtype=torch.bfloat16)
+    module = tiny.module(base, tiny.controlnet(base), precision="bf16-mixed")
+    parts: dict[str, torch.nn.Module] = {
+        "unet": base.unet, "text": base.text_encoder, "vae": base.vae.encoder,
+        "controlnet": module.controlnet,
+    }  # fmt: skip
+    seen: dict[str, bool] = {}
+    for name, part in parts.items():
+        part.register_forward_pre_hook(
+            lambda *_, name=name: seen.update({name: torch.is_autocast_enabled("cpu")})
+        )
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # Lightning's own
+        module.loss(tiny.batch(base), module.controlnet).mean().backward()
+    assert seen == {"unet": False, "text": False, "vae": False, "controlnet": True}
+
+
 def test_a_batch_without_words_is_encoded_once_in_a_run() -> None:
     base = tiny.base()
     module = tiny.module(base, tiny.controlnet(base))

@@ -60,6 +60,13 @@ def test_the_empty_prompt_is_encoded_once_for_each_place_it_computes_in() -> Non
     assert base.encode_prompt(empty[None], is_empty=True).dtype == torch.bfloat16
 
 
+def test_the_vae_is_moved_within_a_validation_to_be_trained_with_later() -> None:
+    base = tiny.base()
+    with torch.inference_mode():
+        base.move_vae(torch.device("meta"))
+    assert not any(parameter.is_inference() for parameter in base.vae.parameters())
+
+
 def test_what_computes_takes_the_kernels_that_are_fastest(base) -> None:
     for network in (base.vae, base.unet, build_controlnet(base.unet, stride=8)):
         layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d)]

@@ -80,13 +80,15 @@ def test_the_defaults_pass_without_a_warning() -> None:
         ("--ann_file FILE", "--ann_file needs --image_dir, got none. Name the pictures' folder."),
         ("--caption_file FILE", "--caption_file needs --image_dir, got none."),
         ("--output_dir FILE", "--output_dir must be a folder, got the file"),
-        ("--find_lr --strategy deepspeed", "--find_lr must run without DeepSpeed or FSDP, got --s"),
-        ("--find_lr --strategy fsdp", "--find_lr must run without DeepSpeed or FSDP, got --strat"),
+        (
+            "--find_lr --strategy deepspeed",
+            "--find_lr must run without DeepSpeed, got --strategy deep",
+        ),
         (
             "--use_8bit_adam --strategy deepspeed_stage_2",
-            "--use_8bit_adam must run without DeepSpeed or FSDP, got --strategy deepspeed_stage_2",
+            "--use_8bit_adam must run without DeepSpeed, got --strategy deepspeed_stage_2",
         ),
-        ("--use_8bit_adam --strategy fsdp", "they shard Adam's state instead. Drop one of the"),
+        ("--use_8bit_adam --strategy deepspeed", "it shards Adam's state instead. Drop one of the"),
         (
             "--find_lr --resume_from_checkpoint last",
             "--find_lr starts from fresh weights, got --resume_from_checkpoint too.",
@@ -95,7 +97,6 @@ def test_the_defaults_pass_without_a_warning() -> None:
             "--ema_decay 0.9 --strategy deepspeed_stage_3",
             "--ema_decay needs whole parameters on each device, got --strategy deepspeed_stage_3.",
         ),
-        ("--ema_decay 0.9 --strategy fsdp", "Use --strategy deepspeed_stage_2 or ddp."),
         (
             "--controlnet_weights FILE --resume_from_checkpoint last",
             "got both. Drop one of them.",
@@ -286,12 +287,12 @@ def machine(monkeypatch):
         (None, "", ("cpu", 1, "32")),
         (None, "--devices 2", ("cpu", 2, "32")),
         (None, "--precision bf16-mixed", ("cpu", 1, "bf16-mixed")),
-        ((8, 0), "", ("auto", -1, "bf16-mixed")),
+        ((8, 0), "", ("gpu", -1, "bf16-mixed")),
         ((9, 0), "--accelerator gpu --devices 0,2", ("gpu", [0, 2], "bf16-mixed")),
-        ((7, 5), "", ("auto", -1, "16-mixed")),
+        ((7, 5), "", ("gpu", -1, "16-mixed")),
         ((7, 5), "--accelerator cpu", ("cpu", 1, "32")),
-        ((8, 6), "--precision 32 --devices 1", ("auto", 1, "32")),
-        ((8, 6), "--strategy deepspeed", ("auto", -1, "bf16-mixed")),
+        ((8, 6), "--precision 32 --devices 1", ("gpu", 1, "32")),
+        ((8, 6), "--strategy deepspeed", ("gpu", -1, "bf16-mixed")),
     ],
 )
 def test_auto_takes_what_the_machine_has(machine, capability, arguments, expected) -> None:
@@ -307,7 +308,6 @@ def test_auto_takes_what_the_machine_has(machine, capability, arguments, expecte
         ("--accelerator gpu", "--accelerator gpu needs CUDA, got a machine or a torch without"),
         ("--strategy deepspeed", "--strategy deepspeed needs CUDA, got a machine or a torch"),
         ("--strategy deepspeed_stage_3", "--strategy deepspeed_stage_3 needs CUDA"),
-        ("--strategy fsdp", "--strategy fsdp needs CUDA"),
         ("--devices 0,1", "must be a number of processes on CPU, got 0,1. Try --devices 2."),
         ("--devices 0", "--devices must be a positive number, -1 for all, or a list like 0,2"),
         ("--devices=-2", "--devices must be a positive number"),
