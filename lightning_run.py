@@ -288,24 +288,29 @@ def _check_checkpoint(
 
 def _facts(args: argparse.Namespace, *, index: CocoIndex, base: Base) -> dict[str, Any]:
     """Return what decides a run's bits beside its flags: see inpainting.changes."""
-    device = args.accelerator
-    if args.accelerator == "gpu":
-        device = torch.cuda.get_device_name(args.devices[0] if args.devices != -1 else 0)
-    elif args.accelerator == "cpu":  # sums are split between vector lanes and threads
-        device = f"{torch.backends.cpu.get_cpu_capability()} x {torch.get_num_threads()}"
     return {
         "base": base.name,
         "base_unet_sha256": base_hash(base.unet),
         "data": index.fingerprint(),
         "latents": "unrounded" if args.cache_latents == "off" else "rounded",
         "processes": least_world_size(args),
-        "device": device,
+        "device": name_device(args),
         "torch": str(torch.__version__),
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
         "numpy": np.__version__,
         "decoder": f"Pillow {PIL.__version__}, libjpeg {features.version('jpg')}",
     }
+
+
+def name_device(args: argparse.Namespace) -> str:
+    """Name what computes; another one adds in another order."""
+    if args.accelerator == "gpu":
+        first = args.devices[0] if isinstance(args.devices, list) else 0
+        return torch.cuda.get_device_name(first)
+    if args.accelerator == "cpu":  # sums are split between vector lanes and threads
+        return f"{torch.backends.cpu.get_cpu_capability()} x {torch.get_num_threads()}"
+    return args.accelerator
 
 
 def _say_how_it_goes_on(

@@ -119,7 +119,7 @@ def _resolve(args: argparse.Namespace) -> None:
 
 def _device(args: argparse.Namespace) -> str:
     """Return where to encode: this process's own GPU, or what --accelerator says."""
-    if args.accelerator in ("auto", "gpu"):
+    if args.accelerator == "gpu":
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return args.accelerator
 

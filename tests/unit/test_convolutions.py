@@ -65,7 +65,9 @@ def test_winograds_results_are_the_convolutions(size, padding: int, nnpack_batch
     got, expected = sparing(image), plain.double()(exact)
     assert nnpack_batches == [1, 1]
     # F(6 x 6, 3 x 3) loses a decimal or two of float32's seven
-    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-4 * float(expected.std()))
+    torch.testing.assert_close(
+        got.double(), expected, rtol=0, atol=1e-4 * float(expected.detach().std())
+    )
     gradient = torch.randn_like(got)
     got.backward(gradient)
     expected.backward(gradient.double())

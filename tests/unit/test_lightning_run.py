@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import lightning_run
 from inpainting.flags import build_parser
@@ -82,3 +83,10 @@ def test_a_disk_without_room_is_announced(
     assert lines[0].startswith("latents: 0.00 GB when all are kept, 0.00 GB are there: ")
     assert (len(lines) == 1) == has_room
     assert has_room or "the disk has room for" in lines[1]
+
+
+@pytest.mark.parametrize(("devices", "first"), [(-1, 0), (2, 0), ([3, 1], 3)])
+def test_a_gpu_is_named_by_the_first_that_the_run_uses(devices, first, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"GPU {number}")
+    args = argparse.Namespace(accelerator="gpu", devices=devices)
+    assert lightning_run.name_device(args) == f"GPU {first}"
