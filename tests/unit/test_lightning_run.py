@@ -63,10 +63,9 @@ def test_settings_that_change_the_moments_get_a_cache_of_their_own() -> None:
               open_cache("--image_size", "128"), open_cache("--accelerator", "gpu")]  # fmt: skip
     assert len({cache.folder for cache in caches if cache}) == 4
     same = open_cache("--seed", "7", "--num_crops", "3", "--batch_size", "9")
-    auto = open_cache("--accelerator", "auto")
-    assert [cache.folder for cache in (same, auto) if cache] == [
-        cache.folder for cache in (caches[0], caches[3]) if cache
-    ]
+    assert same is not None
+    assert caches[0] is not None
+    assert same.folder == caches[0].folder
 
 
 @pytest.mark.parametrize(("free", "has_room"), [(2 * 1040, True), (2 * 1040 - 1, False)])
