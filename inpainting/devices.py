@@ -1,4 +1,4 @@
-"""Which device and which precision "auto" means, what this machine refuses, and a CPU's memory."""
+"""Which device and precision "auto" means, what this machine refuses; autocast, a CPU's memory."""
 
 from __future__ import annotations
 
@@ -53,6 +53,15 @@ def choose_device(name: str, *, precision: str) -> tuple[torch.device, torch.dty
             "--precision 16-mixed must run on a GPU, got the CPU. Use 32 or bf16-mixed."
         )
     return device, DTYPES[precision]
+
+
+def outside_autocast(device: torch.device) -> torch.autocast:
+    """Let a frozen network compute in the dtype of its weights.
+
+    Under autocast a GPU would bring every norm to float32 and back; and Stable Diffusion's VAE
+    overflows in fp16.
+    """
+    return torch.autocast(device.type, enabled=False)
 
 
 def keep_freed_memory(device_type: str) -> None:

@@ -31,6 +31,7 @@ from diffusers import (
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from inpainting.devices import outside_autocast
 from inpainting.diffusion import make_conditioning
 from inpainting.holes import (
     WorkingArea,
@@ -62,12 +63,12 @@ MIN_CONTEXT_PX = 32
 class InpaintPipeline(StableDiffusionControlNetInpaintPipeline):
     """diffusers' pipeline with the VAE run in its own dtype, out of autocast.
 
-    fp16 autocast makes Stable Diffusion's VAE overflow to NaN. And each sample draws the picture's
-    latents from its own generator, where diffusers lets all of them share the first one's draw.
+    Each sample draws the picture's latents from its own generator, where diffusers lets all of them
+    share the first one's draw.
     """
 
     def _encode_vae_image(self, image: Tensor, generator: list[torch.Generator]) -> Tensor:  # type: ignore[override]
-        with torch.autocast(image.device.type, enabled=False):
+        with outside_autocast(image.device):
             posterior = self.vae.encode(image.to(self.vae.dtype)).latent_dist  # type: ignore[union-attr]
         latents = torch.cat([posterior.sample(one) for one in generator])
         return (latents * self.vae.config["scaling_factor"]).to(image.dtype)
@@ -355,7 +356,7 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> np.ndarray:
     Raises:
         FloatingPointError: the picture isn't finite, which would be shown as black.
     """
-    with torch.autocast(latents.device.type, enabled=False):
+    with outside_autocast(latents.device):
         image = vae.decode(latents.to(vae.dtype) / vae.config["scaling_factor"], return_dict=False)[
             0
         ].float()
