@@ -24,10 +24,13 @@ class WinogradConv2d(nn.Conv2d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        fits = (self.kernel_size, self.stride) == ((3, 3), (1, 1))
-        fits = fits and min(self.in_channels, self.out_channels) >= FEWEST_CHANNELS
-        fits = fits and min(input.shape[-2:]) >= FEWEST_CELLS
-        if not (fits and has_winograd(input.device, input.dtype)):
+        is_faster = (
+            has_winograd(input.device, input.dtype)  # first: a GPU is asked nothing more
+            and (self.kernel_size, self.stride) == ((3, 3), (1, 1))
+            and min(self.in_channels, self.out_channels) >= FEWEST_CHANNELS
+            and min(input.shape[-2:]) >= FEWEST_CELLS
+        )
+        if not is_faster:
             return super()._conv_forward(input, weight, bias)
         padding = cast(tuple[int, int], self.padding)
         # One by one: for more pictures NNPACK has another way, no faster than oneDNN.

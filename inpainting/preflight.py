@@ -224,7 +224,7 @@ def resolve_device(args: argparse.Namespace) -> None:
     has_cuda = device_type == "cuda"
     if args.accelerator == "auto":
         args.accelerator = "gpu" if has_cuda else device_type
-    uses_cuda = has_cuda and args.accelerator == "gpu"
+    uses_cuda = args.accelerator == "gpu"
     needs = {
         "gpu": ("CUDA", has_cuda),
         "mps": ("Apple's Metal", torch.backends.mps.is_available()),

@@ -1,8 +1,7 @@
-"""What the callbacks log and show, and which strategy the flags describe."""
+"""What the callbacks log and show."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import shutil
@@ -15,13 +14,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
-from pytorch_lightning.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lightning_callbacks
 from lightning_callbacks import Curves, ProgressBar, RunLogger, ValidationInpaintings
 from lightning_module import InpaintingControlNet
-from lightning_trainer import StopWithoutProgress, build_strategy
 from tests import tiny
 
 DARKER = {0: 10, 1: 20, 2: 40, 3: 80}  # grey levels, by picture
@@ -147,16 +144,6 @@ def test_curves_go_on_in_a_new_file_where_the_old_one_was_deleted(tmp_path) -> N
     assert [event.step for event in read_events(tmp_path / "run").Scalars("x")] == [2]
 
 
-def test_patience_is_the_flags_and_the_waiting_the_checkpoints() -> None:
-    first, resumed = (StopWithoutProgress("val/loss", patience=patience) for patience in (2, 5))
-    first.wait_count = 1
-    resumed.load_state_dict(first.state_dict())
-    assert (resumed.patience, resumed.wait_count) == (5, 1)
-
-
-# ---- the bar
-
-
 def test_the_bar_asks_a_gpu_once_in_the_step_of_a_log_point(monkeypatch) -> None:
     monkeypatch.setattr(TQDMProgressBar, "on_train_batch_end", lambda *_: None)
     bar, asked = ProgressBar(), []
@@ -174,20 +161,3 @@ def test_the_bar_asks_a_gpu_once_in_the_step_of_a_log_point(monkeypatch) -> None
         nobody: Any = None
         bar.on_train_batch_end(trainer, nobody, {"loss": Loss()}, nobody, micro_batch)
     assert asked == [0, 2, 4, 6]
-
-
-# ---- the strategy
-
-
-@pytest.mark.parametrize(
-    ("strategy", "devices", "is_ddp"),
-    [("auto", 1, False), ("auto", 2, True), ("auto", [0, 2], True), ("ddp", 1, True)],
-)
-def test_ddp_keeps_gradients_once(strategy, devices, is_ddp) -> None:
-    args = argparse.Namespace(strategy=strategy, devices=devices, num_nodes=1, accelerator="gpu")
-    built = build_strategy(args)
-    if not is_ddp:
-        assert built == strategy
-        return
-    assert isinstance(built, DDPStrategy)
-    assert built._ddp_kwargs == {"gradient_as_bucket_view": True}
