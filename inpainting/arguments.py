@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import NoReturn
+
+UNKNOWN = "unrecognized arguments: "  # argparse's words
+LEAST_LIKENESS = 0.7  # of 1; --find_lr is to --lr 0.62
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -22,7 +26,15 @@ class OneLineParser(argparse.ArgumentParser):
         flag, _, words = message.partition(": ")
         if words.startswith(flag.removeprefix("argument ") + " "):
             message = words  # it names the flag itself
+        if message.startswith(UNKNOWN):
+            message += self._nearest_to(message.removeprefix(UNKNOWN).split(" ")[0])
         self.exit(2, f"{self.speaker}: {message.rstrip('.')}. --help shows every flag.\n")
+
+    def _nearest_to(self, unknown: str) -> str:
+        """Return in brackets the flag that was probably meant; "" where none comes near."""
+        typed = unknown.partition("=")[0]
+        names = get_close_matches(typed, self._option_string_actions, n=1, cutoff=LEAST_LIKENESS)
+        return f" (did you mean {names[0]}?)" if names else ""
 
 
 def module_parser(module: str, *, manual: str | None) -> OneLineParser:

@@ -439,8 +439,10 @@ def test_shortened_flags_are_refused(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         infer.main(command(run_dir, pair, "--num_inference", "1"))
-    line = "infer.py: unrecognized arguments: --num_inference 1. --help shows every flag.\n"
-    assert capfd.readouterr().err == line
+    line = (
+        "infer.py: unrecognized arguments: --num_inference 1 (did you mean --num_inference_steps?)."
+    )
+    assert capfd.readouterr().err == f"{line} --help shows every flag.\n"
 
 
 def test_a_stopped_command_says_so_by_its_code(run_dir: Path, pair: tuple[Path, Path]) -> None:

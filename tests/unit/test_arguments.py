@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from inpainting import infer_flags
+from inpainting import flags, infer_flags
 from inpainting.arguments import answer
 from tools import evaluate, export
 
@@ -33,6 +33,25 @@ def test_a_fault_of_ours_keeps_its_traceback() -> None:
     with pytest.raises(KeyError):
         answer(lambda: fail(KeyError("ours")))
     assert answer(lambda: None) == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["--learnig_rate", "1e-5"], " (did you mean --learning_rate?)"),
+        (["--learning-rate=1e-5"], " (did you mean --learning_rate?)"),
+        (["stray.jpg"], ""),
+        ([""], ""),
+        (["--lr", "1e-5"], ""),  # --find_lr would be another thing
+    ],
+)
+def test_an_unknown_flag_is_answered_with_the_nearest_one(
+    typed: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        flags.build_parser().parse_args(typed)
+    expected = f"error: unrecognized arguments: {' '.join(typed)}{meant}. --help shows every flag."
+    assert capsys.readouterr().err == expected + "\n"
 
 
 @pytest.mark.parametrize(
