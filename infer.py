@@ -85,20 +85,25 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return 2
-    num_failed = 0
+    num_bad = num_unfilled = 0
     for job in jobs:
         try:
             picture = first or read(job)
         except (ValueError, OSError) as error:
             logger.error("%s", error)
-            num_failed += 1
+            num_bad += 1
             continue
-        if not fill_job(job, picture=picture, pipeline=pipeline, image_size=image_size, args=args):
+        try:
+            is_filled = fill_job(
+                job, picture=picture, pipeline=pipeline, image_size=image_size, args=args
+            )
+        except OSError as error:  # the results have no room: the others' wouldn't either
+            logger.error("%s: %s", job.image_path, error)
             return 1
-    if num_failed:
-        logger.error("%d of %d pairs failed, see above.", num_failed, len(jobs))
-        return 2
-    return 0
+        num_unfilled += not is_filled
+    if len(jobs) > 1 and num_bad + num_unfilled:
+        logger.error("%d of %d pairs failed, see above.", num_bad + num_unfilled, len(jobs))
+    return 1 if num_unfilled else 2 if num_bad else 0
 
 
 def fill_job(
@@ -109,18 +114,21 @@ def fill_job(
     image_size: int,
     args: argparse.Namespace,
 ) -> bool:
-    """Fill one picture, write the results and print where they are; whether that succeeded."""
+    """Fill one picture, write the results and print where they are.
+
+    Returns:
+        Whether the networks could: another picture may still be small enough.
+
+    Raises:
+        OSError: the results can't be written.
+    """
     import torch
 
     from inpainting.pairs import write_results
 
     try:
         results = fill(picture, pipeline=pipeline, image_size=image_size, args=args)
-        paths = write_results(
-            results, picture=picture, output_dir=Path(args.output_dir), prefix=job.prefix,
-            mask_blur=args.mask_blur,
-        )  # fmt: skip
-    except (FloatingPointError, OSError) as error:
+    except FloatingPointError as error:
         logger.error("%s: %s", job.image_path, error)
         return False
     except torch.OutOfMemoryError:
@@ -129,6 +137,10 @@ def fill_job(
             "--crop_to_mask.", job.image_path,
         )  # fmt: skip
         return False
+    paths = write_results(
+        results, picture=picture, output_dir=Path(args.output_dir), prefix=job.prefix,
+        mask_blur=args.mask_blur,
+    )  # fmt: skip
     print(*paths, sep="\n", flush=True)
     return True
 
@@ -144,6 +156,14 @@ def load(args: argparse.Namespace) -> tuple[InpaintPipeline, int]:
 
     loaded = load_from_flags(args, demo_base=BASE_DIR)
     loaded.pipeline.set_progress_bar_config(disable=not sys.stderr.isatty())
+    tokenizer = loaded.base.tokenizer
+    for flag, text in (("--prompt", args.prompt), ("--negative_prompt", args.negative_prompt)):
+        num_tokens = len(tokenizer(text).input_ids)
+        if num_tokens > tokenizer.model_max_length:
+            logger.warning(
+                "%s has %d tokens: what comes after the first %d is not read.", flag, num_tokens,
+                tokenizer.model_max_length,
+            )  # fmt: skip
     return loaded.pipeline, args.image_size or loaded.image_size
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -19,7 +20,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 
 from inpainting.atomic import replace_atomically, write_text_atomically
 from inpainting.preflight import MONITORS
-from inpainting.runs import lock_run_dir
+from inpainting.runs import STOP_SIGNALS, lock_run_dir
 
 logger = logging.getLogger("train_lightning")
 
@@ -27,11 +28,16 @@ LAST_NAME = "last.ckpt"
 
 
 class StoppedBySignal(Exception):
-    """Raised on every rank once the state is saved; `signum` is SIGINT or SIGTERM."""
+    """Raised on every rank once the state is saved.
 
-    def __init__(self, signum: int) -> None:
+    Attributes:
+        signum: one of STOP_SIGNALS.
+        step: the optimizer step that was saved.
+    """
+
+    def __init__(self, signum: int, *, step: int) -> None:
         super().__init__(signal.Signals(signum).name)
-        self.signum = signum
+        self.signum, self.step = signum, step
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -157,7 +163,8 @@ class LastCheckpoint(Checkpoint):
     ModelCheckpoint's own save_last follows its top-k files and is stale in between.
 
     Not at an epoch's last batch: Lightning would resume behind the validation that is still due.
-    The save at the epoch's end follows at once.
+    The save at the epoch's end follows it, and the step before the last one is saved instead: who
+    is stopped or killed within a validation takes that last step again, and validates.
 
     Args:
         dirpath: the run's checkpoints folder.
@@ -189,17 +196,32 @@ class LastCheckpoint(Checkpoint):
         if step == self._saved_step or is_boundary or not self._has_stepped(trainer):
             return
         stops = self.stop.is_requested(trainer)
-        if stops or step % self.every_n_steps == 0 or step == trainer.max_steps:
+        is_due = step % self.every_n_steps == 0 or step == trainer.max_steps
+        if stops or is_due or self._precedes_validation(trainer):
             self._save(trainer)
         if stops:
-            raise StoppedBySignal(self.stop.signum)
+            raise StoppedBySignal(self.stop.signum, step=self._saved_step)
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object
+    ) -> None:
+        """Stop where a signal asked for it: who sent it may not wait until all are validated."""
+        if not trainer.sanity_checking and self.stop.is_requested(trainer):
+            raise StoppedBySignal(self.stop.signum, step=self._saved_step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a completed epoch; one that max_steps cut short was saved at its last step."""
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._save(trainer)
             if self.stop.is_requested(trainer):
-                raise StoppedBySignal(self.stop.signum)
+                raise StoppedBySignal(self.stop.signum, step=self._saved_step)
+
+    @staticmethod
+    def _precedes_validation(trainer: pl.Trainer) -> bool:
+        """Whether one more optimizer step ends the epoch, and a validation follows it."""
+        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        is_next_last = trainer.num_training_batches - ready <= trainer.accumulate_grad_batches
+        return is_next_last and sum(trainer.num_val_batches) > 0
 
     @staticmethod
     def _has_stepped(trainer: pl.Trainer) -> bool:
@@ -233,20 +255,31 @@ class LastCheckpoint(Checkpoint):
 
 
 class StopOnSignal(pl.Callback):
-    """Turns SIGINT and SIGTERM into a stop at the next step's end, on all ranks alike.
+    """Turns a signal into a stop at the next step's end, on all ranks alike.
 
     Lightning's own SIGTERM handler talks to the other ranks from within the handler, and hangs
-    where all of them got the signal. A second signal ends the process at once.
+    where all of them got the signal.
+
+    A second Ctrl-C ends the process at once, and so does any signal SECOND_AFTER_S after the first.
+    Sooner it is the same one again: a scheduler signals all processes of a job, and torchrun its
+    own ones once more.
+
+    Attributes:
+        signum: what the run was asked to stop by, whichever rank got it; 0: it wasn't.
     """
+
+    SECOND_AFTER_S = 5.0
 
     def __init__(self) -> None:
         self.signum = 0
+        self._own: int | None = None
+        self._own_time = 0.0
         self._group: dist.ProcessGroup | None = None
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the handlers; replaces Lightning's, and the command's ending at once."""
         signal.set_wakeup_fd(-1)
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in STOP_SIGNALS:
             signal.signal(signum, self._handle)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -260,6 +293,7 @@ class StopOnSignal(pl.Callback):
 
     def is_requested(self, trainer: pl.Trainer) -> bool:
         """Whether any rank got a signal. Every rank must ask."""
+        self.signum = self._own or 0
         if self._group is not None:
             flag = torch.tensor(self.signum)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
@@ -267,10 +301,13 @@ class StopOnSignal(pl.Callback):
         return self.signum != 0
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum:
+        if self._own is None:
+            self._own, self._own_time = signum, time.monotonic()
+            os.write(2, b"\nstopping after this step, then saving; once more to stop at once\n")
+            return
+        is_second_ctrl_c = self._own == signum == signal.SIGINT
+        if is_second_ctrl_c or time.monotonic() - self._own_time >= self.SECOND_AFTER_S:
             os._exit(128 + signum)
-        self.signum = signum
-        os.write(2, b"\nstopping after this step, then saving; once more to stop at once\n")
 
 
 class StopAtMaxSteps(pl.Callback):

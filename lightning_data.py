@@ -26,6 +26,7 @@ from data import CocoInpaintingDataset, Sample, SampleRule
 from inpainting.coco import CocoIndex
 from inpainting.latents import MomentsCache
 from inpainting.randomness import generator
+from inpainting.runs import STOP_SIGNALS
 from inpainting.unreadable import UnreadablePictures
 
 logger = logging.getLogger(__name__)
@@ -153,11 +154,11 @@ class EpochLoader(DataLoader[Sample]):
 
 
 def _leave_signals_to_the_run(worker_id: int) -> None:
-    """Let a worker outlive Ctrl-C and SIGTERM, which reach the whole process group.
+    """Let a worker outlive a signal that asks the run to stop, and reaches the whole process group.
 
     The run still needs its samples to end the step and save; its workers end with it.
     """
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
@@ -356,10 +357,9 @@ class InpaintingDataModule(pl.LightningDataModule):
             return None
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        signums = (signal.SIGINT, signal.SIGTERM)
-        handlers = [signal.signal(signum, signal.SIG_IGN) for signum in signums]
+        handlers = [signal.signal(signum, signal.SIG_IGN) for signum in STOP_SIGNALS]
         forkserver.ensure_running()
-        for signum, handler in zip(signums, handlers, strict=True):
+        for signum, handler in zip(STOP_SIGNALS, handlers, strict=True):
             signal.signal(signum, handler)
         return context
 

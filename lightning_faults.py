@@ -11,8 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from inpainting.finite import NotFiniteError
+from inpainting.runs import STOP_SIGNALS
 
 logger = logging.getLogger("train_lightning")
 
@@ -89,6 +92,39 @@ def is_lost_process(error: BaseException) -> bool:
     return is_collective and dist.is_available() and bool(_LOST.search(str(error)))
 
 
+class OtherStartError(ValueError):
+    """A process of the run would start from something else than the first one."""
+
+
+class StartTogether(pl.Callback):
+    """Refuses processes that start from different things: each one reads the files by itself.
+
+    Another run may have saved in between, and a machine's copy of the pictures may lack one: the
+    processes would train apart, or wait for each other for ever.
+
+    Args:
+        start: what the run starts from, by its names.
+    """
+
+    def __init__(self, start: Mapping[str, Any]) -> None:
+        self.start = dict(start)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Compare with the first process.
+
+        Raises:
+            OtherStartError: names what differs.
+        """
+        expected = trainer.strategy.broadcast(self.start)
+        for name, value in self.start.items():
+            if value != expected[name]:
+                raise OtherStartError(
+                    f"all processes of a run must start from the same {name}, got {value} in "
+                    f"process {trainer.global_rank} and {expected[name]} in the first one. Let all "
+                    "machines read the same files, and name the checkpoint itself."
+                )
+
+
 class EndTogether(pl.Callback):
     """Notices within seconds that another process of the run ended, whatever this one waits for.
 
@@ -125,7 +161,7 @@ class EndTogether(pl.Callback):
         code = process.poll()
         if not code:
             return
-        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):  # it was told to end at once
+        if code in [128 + signum for signum in STOP_SIGNALS]:  # it was told to end at once
             os._exit(code)
         if self.is_ending:
             time.sleep(2 * PATIENCE_S)  # it ends by itself, or hangs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -104,6 +105,7 @@ class InpaintingControlNet(pl.LightningModule):
         self.loss_sums = torch.zeros(4, dtype=torch.float64)
         self.finite_steps = FiniteSteps(has_loss_scaler=precision == "16-mixed")
         self._is_resumed = False
+        self._steps_per_epoch = self._earlier_steps_per_epoch = 0
         self._num_steps = self._num_skipped = 0
         self._validation_losses: list[dict[str, Tensor]] = []
         self._base_losses: dict[int, float] = {}
@@ -156,12 +158,20 @@ class InpaintingControlNet(pl.LightningModule):
         """Train without the VAE, after the sanity check; let a resumed run's own flags rule."""
         self._put_vae_away()
         self._num_steps, self._num_skipped = self.trainer.global_step, self._count_skipped()
+        num_batches = cast(int, self.trainer.num_training_batches)
+        self._steps_per_epoch = math.ceil(num_batches / self.trainer.accumulate_grad_batches)
         if not self._is_resumed:
             return
         (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        schedule = cast(LambdaLR, config.scheduler)
+        steps, earlier = self._steps_per_epoch, self._earlier_steps_per_epoch
+        is_counted_in_epochs = self.num_training_steps == self.trainer.max_epochs * steps  # type: ignore[operator]
+        if earlier and earlier != steps and is_counted_in_epochs:
+            # Other devices or batches: as many epochs are done, of another number of steps.
+            schedule.last_epoch = round(schedule.last_epoch * steps / earlier)
         set_rates(
             optimizer,
-            schedule=cast(LambdaLR, config.scheduler),
+            schedule=schedule,
             learning_rate=self.learning_rate,
             weight_decay=self.adam_weight_decay,
         )
@@ -370,8 +380,9 @@ class InpaintingControlNet(pl.LightningModule):
             average.lerp_(parameter.detach().float(), weight)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the average and each rank's running sums; every rank takes part."""
+        """Add the average, each rank's running sums, the unit of time; every rank takes part."""
         checkpoint["loss_sums"] = self.gather(self.loss_sums).reshape(-1, 4).cpu()
+        checkpoint["steps_per_epoch"] = self._steps_per_epoch
         if self.average is not None:
             checkpoint["average"] = self.average.state_dict()
 
@@ -382,6 +393,7 @@ class InpaintingControlNet(pl.LightningModule):
             ValueError: --ema_decay is set and the checkpoint has no average.
         """
         self._is_resumed = True
+        self._earlier_steps_per_epoch = checkpoint.get("steps_per_epoch", 0)
         sums = checkpoint["loss_sums"]
         if len(sums) == self.trainer.world_size:
             self.loss_sums = sums[self.global_rank].to(self.device)

@@ -133,6 +133,12 @@ def assemble(
         datamodule=datamodule,
         position=position,
         keeper=KeepRunFolder(run_dir, run_json=run_json, run_state=state),
+        start={
+            "base": state["facts"]["base_unet_sha256"],
+            "data": state["facts"]["data"],
+            "checkpoint": checkpoint_path and "/".join(checkpoint_path.absolute().parts[-3:]),
+            "step": global_step,
+        },
         purge_step=None if global_step is None else global_step + 1,
     )
     world_size = trainer.num_devices * trainer.num_nodes

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning import profilers
 from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.plugins.precision import DeepSpeedPrecision
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch import Tensor
@@ -33,7 +34,7 @@ from lightning_checkpoints import (
     StopOnSignal,
 )
 from lightning_data import CountUnreadable, InpaintingDataModule
-from lightning_faults import EndTogether
+from lightning_faults import EndTogether, StartTogether
 
 
 class StopWithoutProgress(EarlyStopping):
@@ -85,6 +86,7 @@ def build_trainer(
     datamodule: InpaintingDataModule,
     position: pl.Callback,
     keeper: pl.Callback,
+    start: dict[str, Any],
     purge_step: int | None,
 ) -> pl.Trainer:
     """Wire flags, callbacks and folders into Lightning's Trainer.
@@ -95,6 +97,7 @@ def build_trainer(
         datamodule: tells whether there is a validation split.
         position: the datamodule's ResumePosition.
         keeper: the run's KeepRunFolder.
+        start: what the run starts from, which all of its processes must agree on.
         purge_step: a resumed run's first new step: later points of its curves are dropped.
     """
     has_validation = len(datamodule.val_set) > 0
@@ -102,6 +105,7 @@ def build_trainer(
     # The order matters: the position and the average move on before last.ckpt is written.
     callbacks = [
         EndTogether(),
+        StartTogether(start),
         position,
         CountUnreadable(datamodule.unreadable),
         keeper,
@@ -141,12 +145,25 @@ def build_trainer(
         log_every_n_steps=args.log_every_n_steps,
         logger=RunLogger(run_dir, name="", version="", purge_step=purge_step),
         callbacks=callbacks,
-        plugins=[DeepSpeedAutocast(args.precision) if is_deepspeed else AtomicCheckpointIO()],
+        plugins=build_plugins(args),
+        # Lightning starts from any hpc_ckpt_1.ckpt that it finds there.
+        default_root_dir=run_dir,
         profiler=_build_profiler(args.profiler if is_first_process() else None, run_dir=run_dir),
         num_sanity_val_steps=1,
         use_distributed_sampler=False,
         enable_model_summary=False,
     )
+
+
+def build_plugins(args: argparse.Namespace) -> list[Any]:
+    """Return what of Lightning's own is replaced: how files are written, DeepSpeed's precision."""
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if args.strategy.startswith("deepspeed"):
+        plugins = [DeepSpeedAutocast(args.precision)]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Lightning would save from within a signal's handler, and queue the job by itself.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return plugins
 
 
 def least_world_size(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,16 @@ from torch import Tensor
 from inpainting.checkpoints import base_hash, find_record
 from inpainting.devices import choose_device, keep_freed_memory
 from inpainting.diffusion import HOLE_VALUE
+from inpainting.flags import DEFAULT_BASE
 from inpainting.interop import read_controlnet_weights
 from inpainting.record import InpaintingRecord
 from inpainting.sampling import InpaintPipeline, make_pipeline, make_scheduler
 from model import Base, build_controlnet, load_base, load_controlnet_weights
 
 logger = logging.getLogger(__name__)
+
+TEXT_READER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+DEFAULT_BASE_TEXT_WIDTH = 768  # Stable Diffusion 1.x; 2.x has 1024
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,9 @@ def load_pipeline(
     weights = read_controlnet_weights(checkpoint_path)
     record = find_record(checkpoint_path)
     if base is None:
-        base, recorded_config = find_base(checkpoint_path, record=record, demo_base=demo_base)
+        base, recorded_config = find_base(
+            checkpoint_path, weights=weights, record=record, demo_base=demo_base
+        )
         base_config = base_config or recorded_config
     if prediction_type == "auto" and record is not None:
         prediction_type = record.prediction_type
@@ -153,14 +160,34 @@ def _build_controlnet(
 
 
 def find_base(
-    checkpoint_path: str, *, record: InpaintingRecord | None, demo_base: Path
+    checkpoint_path: str,
+    *,
+    weights: Mapping[str, Tensor],
+    record: InpaintingRecord | None,
+    demo_base: Path,
 ) -> tuple[str, str | None]:
     """Return the base that was recorded, and its configurations' place.
+
+    Weights without a record are taken for those of the trainer's default base, if they read the
+    hidden states of its text encoder: older trainers recorded nothing.
+
+    Args:
+        checkpoint_path: where the weights lie.
+        weights: by diffusers' names.
+        record: None where there is none.
+        demo_base: the demo's, for weights that were trained on it.
 
     Raises:
         ValueError: nothing says which base the weights belong to, or where it is.
     """
     if record is None:
+        reader = weights.get(TEXT_READER)
+        if reader is not None and reader.shape[-1] == DEFAULT_BASE_TEXT_WIDTH:
+            logger.warning(
+                "%s doesn't say which base it was trained with: taking %s. Name another one with "
+                "--pretrained_model_name_or_path.", checkpoint_path, DEFAULT_BASE,
+            )  # fmt: skip
+            return DEFAULT_BASE, None
         raise ValueError(
             f"{checkpoint_path} must come with a record of its base, got none beside it. "
             "Name the base that it was trained with: --pretrained_model_name_or_path."

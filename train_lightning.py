@@ -27,6 +27,7 @@ from inpainting.mask_flags import check_area_range
 from inpainting.preflight import check_flags, check_image_size, resolve_device
 from inpainting.quiet import quiet_libraries
 from inpainting.runs import (
+    STOP_SIGNALS,
     cache_dir,
     check_strategy_can_read,
     find_checkpoint,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("train_lightning")
 
+CHECKPOINT_VARIABLE = "INPAINTING_CHECKPOINT"  # what Lightning's own processes inherit
 # What a user can cause: one line and exit code 2.
 USER_ERRORS = (
     ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError,
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _end_at_once_on_a_signal() -> None:
-    """Answer SIGINT and SIGTERM until training has its own handlers (StopOnSignal).
+    """Answer signals while training hasn't got its own handlers (StopOnSignal).
 
     By a thread: the main one may wait in C++ for another rank, where no Python handler runs, until
     Lightning sees that rank gone and kills this one with SIGKILL. And not by an exception, which
@@ -77,14 +79,14 @@ def _end_at_once_on_a_signal() -> None:
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)  # as set_wakeup_fd demands
     signal.set_wakeup_fd(write_end)
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in STOP_SIGNALS:
         signal.signal(signum, lambda *_: None)  # only signals with a handler are written there
     threading.Thread(target=_end_on, args=(read_end,), daemon=True).start()
 
 
 def _end_on(read_end: int) -> None:
-    """Wait for one of the two signals; the loaders' workers send SIGCHLD when they end."""
-    while (signum := os.read(read_end, 1)[0]) not in (signal.SIGINT, signal.SIGTERM):
+    """Wait for one of these signals; the loaders' workers send SIGCHLD when they end."""
+    while (signum := os.read(read_end, 1)[0]) not in STOP_SIGNALS:
         pass
     os._exit(128 + signum)
 
@@ -134,11 +136,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> Run | None:
-    checkpoint_path = None
-    if args.resume_from_checkpoint:
-        checkpoint_path = find_checkpoint(
-            args.resume_from_checkpoint, output_dir=Path(args.output_dir)
-        )
+    checkpoint_path = _find_checkpoint(args) if args.resume_from_checkpoint else None
     _name_the_data(args)
     _quiet_lightning()
     quiet_libraries()
@@ -172,6 +170,18 @@ def _build(args: argparse.Namespace) -> Run | None:
     return assemble(
         args, index=index, unreadable_rows=unreadable_rows, checkpoint_path=checkpoint_path
     )
+
+
+def _find_checkpoint(args: argparse.Namespace) -> Path:
+    """Resolve --resume_from_checkpoint once for all processes that Lightning starts.
+
+    It starts them minutes later: by then `last` may be another run's.
+    """
+    if not is_first_process() and CHECKPOINT_VARIABLE in os.environ:
+        return Path(os.environ[CHECKPOINT_VARIABLE])
+    path = find_checkpoint(args.resume_from_checkpoint, output_dir=Path(args.output_dir))
+    os.environ[CHECKPOINT_VARIABLE] = str(path.absolute())
+    return path
 
 
 def _name_the_data(args: argparse.Namespace) -> None:
@@ -233,7 +243,7 @@ def train(run: Run) -> int:
     """Fit, export, and say where the results are; returns the exit code."""
     from inpainting.unreadable import UnreadablePictureError
     from lightning_checkpoints import StoppedBySignal
-    from lightning_faults import end_others, leave_lost_workers_to_the_loader
+    from lightning_faults import OtherStartError, end_others, leave_lost_workers_to_the_loader
 
     leave_lost_workers_to_the_loader()
     if run.args.find_lr:
@@ -245,15 +255,16 @@ def train(run: Run) -> int:
             ckpt_path=run.checkpoint_path,
             weights_only=True,
         )
+        _end_at_once_on_a_signal()  # while the results are written
         weights = run.module.whole_weights()
         if run.trainer.is_global_zero:
             _export(run, weights=weights)
     except StoppedBySignal as stopped:
-        logger.info("stopped by %s, saved at step %d", stopped, run.trainer.global_step)
+        logger.info("stopped by %s, saved at step %d", stopped, stopped.step)
         logger.info("to go on: %s", _resume_flag(run))
         # Lightning's launcher kills the first process as soon as another one's code isn't 0.
         return 128 + stopped.signum if run.trainer.local_rank == 0 else 0
-    except UnreadablePictureError as error:
+    except (UnreadablePictureError, OtherStartError) as error:
         logger.error("error: %s", error)
         end_others(run.trainer)
         return 2
@@ -295,6 +306,8 @@ def _find_lr(run: Run) -> int:
         run.module, datamodule=run.datamodule, update_attr=False, attr_name="learning_rate"
     )
     assert finder is not None
+    if not run.trainer.is_global_zero:
+        return 0
     figure = cast("Figure", finder.plot(suggest=True))
     figure.savefig(run.run_dir / "find_lr.png")
     suggestion = finder.suggestion()

@@ -94,7 +94,10 @@ class BaseConfig:
     def name(self) -> str:
         """The hub id, or the folder's or file's own name: never a local path."""
         path = Path(self.name_or_path)
-        return path.resolve().name if path.exists() else self.name_or_path
+        if path.is_dir():
+            return path.resolve().name
+        # Not resolved: in the hub's cache a file is a link to one that is called by its hash.
+        return path.name if path.exists() else self.name_or_path
 
 
 def read_base_config(name_or_path: str, *, base_config: str | None = None) -> BaseConfig:

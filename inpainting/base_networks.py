@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,11 +60,10 @@ def load_tokenizer(config: BaseConfig) -> CLIPTokenizer:
 def _load_folder(config: BaseConfig, dtype: torch.dtype) -> Networks:
     """Load a diffusers folder or hub id."""
     try:
-        if Path(config.name_or_path).is_dir():
-            for path in Path(config.name_or_path).glob("*/*.bin"):
-                if path.parent.name in BASE_PARTS:
-                    read_weight_file(path)  # mapped; the libraries' own refusals differ
-            loaded = _load_parts(config.name_or_path, dtype)
+        folder = Path(config.name_or_path)
+        if folder.is_dir():
+            files = [_choose_files(folder / part) for part in BASE_PARTS]
+            loaded = _load_parts(config.name_or_path, dtype, files)
         else:
             loaded = _load_from_hub(config.name_or_path, dtype)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -78,6 +78,23 @@ def _load_folder(config: BaseConfig, dtype: torch.dtype) -> Networks:
     return vae, unet, text_encoder
 
 
+def _choose_files(folder: Path) -> dict[str, Any]:
+    """Return what tells the libraries which files of a network to read: safetensors where it can.
+
+    Many people fetch a base in its "fp16" form alone.
+
+    Raises:
+        ValueError: a pickle that they would read holds more than weights.
+    """
+    names = [path.name for path in folder.glob("*.safetensors")]
+    if not names:
+        for path in folder.glob("*.bin"):
+            read_weight_file(path)  # mapped; the libraries' own refusals differ
+        return {}
+    is_half = all(".fp16." in name for name in names)
+    return {"use_safetensors": True, "variant": "fp16" if is_half else None}
+
+
 def _load_from_hub(hub_id: str, dtype: torch.dtype) -> Any:
     """Load what the hub's cache holds, and ask the hub for the rest alone.
 
@@ -85,19 +102,19 @@ def _load_from_hub(hub_id: str, dtype: torch.dtype) -> Any:
     the cached one after all.
     """
     try:
-        return _load_parts(hub_id, dtype, local_files_only=True)
+        return _load_parts(hub_id, dtype, [{"local_files_only": True}] * len(BASE_PARTS))
     except OSError:
-        return _load_parts(hub_id, dtype)
+        return _load_parts(hub_id, dtype, [{}] * len(BASE_PARTS))
 
 
-def _load_parts(name: str, dtype: torch.dtype, *, local_files_only: bool = False) -> Any:
+def _load_parts(name: str, dtype: torch.dtype, options: Sequence[dict[str, Any]]) -> Any:
     """Return VAE, UNet and text encoder, each with what was missing or left over."""
-    where: Any = {"output_loading_info": True, "local_files_only": local_files_only}
+    for_vae, for_unet, for_text = ({"output_loading_info": True, **more} for more in options)
     return (
-        AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=torch.float32, **where),
-        UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=dtype, **where),
+        AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=torch.float32, **for_vae),
+        UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=dtype, **for_unet),
         CLIPTextModel.from_pretrained(
-            name, subfolder="text_encoder", dtype=dtype, ignore_mismatched_sizes=True, **where
+            name, subfolder="text_encoder", dtype=dtype, ignore_mismatched_sizes=True, **for_text
         ),
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from inpainting.base import SINGLE_FILE_SUFFIXES
 from inpainting.record import InpaintingRecord
 
 MODEL_CARD = """\
@@ -62,7 +63,7 @@ pipe = StableDiffusionControlNetInpaintPipeline.{loader}(
     safety_checker=None,
 )
 pipe.scheduler = DDIMScheduler.from_config(
-    pipe.scheduler.config, prediction_type="{prediction_type}"
+    pipe.scheduler.config, prediction_type="{prediction_type}", timestep_spacing="trailing"
 )
 
 size = ({image_size}, {image_size})  # (width, height)
@@ -76,11 +77,16 @@ control_image[hole] = {hole_value}
 control_image = torch.from_numpy(control_image).permute(2, 0, 1)[None]  # (1, 3, H, W)
 pixels[hole] = 127  # the pipeline encodes the whole picture: what is hidden must not leak
 
+# The pipeline fills whole latent cells, of {stride} x {stride} pixels: all that the hole touches.
+cells = hole.reshape({num_cells}, {stride}, {num_cells}, {stride}).any(axis=(1, 3))
+cells = cells.repeat({stride}, axis=0).repeat({stride}, axis=1)
+
 result = pipe(
     prompt="",
     image=Image.fromarray(pixels),
-    mask_image=mask,
+    mask_image=Image.fromarray(cells),
     control_image=control_image,
+    controlnet_conditioning_scale=1.0,  # this pipeline's default is 0.5
     width={image_size},
     height={image_size},
     strength=1.0,
@@ -102,7 +108,7 @@ def format_model_card(
         training: further facts for the table, by their names there.
     """
     is_hub_id = "/" in record.base  # names of folders and files have no slash
-    is_single_file = record.base.endswith((".safetensors", ".ckpt"))
+    is_single_file = record.base.endswith(SINGLE_FILE_SUFFIXES)
     what = "file" if is_single_file else "folder"
     snippet = SNIPPET.format(
         folder="final_model",
@@ -111,6 +117,8 @@ def format_model_card(
         comment="" if is_hub_id else f"  # the {what} of the base that it was trained on",
         prediction_type=record.prediction_type,
         image_size=record.image_size,
+        num_cells=record.image_size // record.vae_stride,
+        stride=record.vae_stride,
         hole_value=record.hole_value,
     )
     facts = {

@@ -275,7 +275,8 @@ def _parse_devices(text: str, *, accelerator: str) -> int | list[int]:
         ValueError: neither, or a list on a CPU.
     """
     try:
-        devices = [int(part) for part in text.split(",")] if "," in text else int(text)
+        parts = text.removesuffix(",").split(",")  # "3," is the GPU with that number
+        devices = [int(part) for part in parts] if "," in text else int(text)
     except ValueError:
         devices = 0
     if accelerator == "cpu":

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -24,6 +25,8 @@ from typing import Any
 from inpainting.atomic import replace_atomically, write_text_atomically
 
 RUN_PREFIX = "controlnet_inpainting_lightning_"
+# Ctrl-C; what schedulers send before they kill; what SLURM sends as early as a job asks for it.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 RECORDED_PACKAGES = (
     "torch", "pytorch-lightning", "diffusers", "transformers", "accelerate", "safetensors",
     "pycocotools", "pillow", "numpy", "deepspeed",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,7 +55,7 @@ SCHEDULERS = {
     "euler_a": EulerAncestralDiscreteScheduler,
 }
 # Raise it when the same weights and seed fill a hole otherwise: measures of both aren't mixed.
-FILL_VERSION = 1
+FILL_VERSION = 2
 # Pixels of context around a hole that is cropped to, at least; half the hole's longer side if more.
 MIN_CONTEXT_PX = 32
 
@@ -369,13 +369,24 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> np.ndarray:
     return levels.permute(1, 2, 0).cpu().numpy()
 
 
-def _reconcile_dtypes(pipeline: InpaintPipeline) -> contextlib.AbstractContextManager:
-    """Run a half-precision network beside float32 ones under autocast, equal ones as they are."""
+@contextlib.contextmanager
+def _reconcile_dtypes(pipeline: InpaintPipeline) -> Iterator[None]:
+    """Run a half-precision network beside float32 ones under autocast, equal ones as they are.
+
+    What the UNet predicts is brought to float32 first: guidance multiplies its rounding, and some
+    samplers would keep the latents in its dtype.
+    """
     dtypes = {net.dtype for net in (pipeline.unet, pipeline.controlnet, pipeline.text_encoder)}
     if len(dtypes) == 1:
-        return contextlib.nullcontext()
+        yield
+        return
     half = next(dtype for dtype in (torch.float16, torch.bfloat16) if dtype in dtypes)
-    return torch.autocast(pipeline.unet.device.type, dtype=half)
+    hook = pipeline.unet.register_forward_hook(lambda _, __, outputs: (outputs[0].float(),))
+    try:
+        with torch.autocast(pipeline.unet.device.type, dtype=half):
+            yield
+    finally:
+        hook.remove()
 
 
 def unet_stride(unet: UNet2DConditionModel) -> int:

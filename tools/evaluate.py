@@ -146,13 +146,13 @@ def evaluate(args: argparse.Namespace) -> None:
         )
     summaries = summarize(evaluation.scores)
     table = format_table(summaries)
-    perceptual = None
+    evaluation.write_results(summaries, table=table)
+    write_sheets(evaluation, num_rows=NUM_SHEET_ROWS)
     if args.perceptual:
         from tools.perceptual import measure
 
-        perceptual = measure(evaluation)
-    evaluation.write_results(summaries, table=table, perceptual=perceptual)
-    write_sheets(evaluation, num_rows=NUM_SHEET_ROWS)
+        perceptual = measure(evaluation, device=loaded.base.unet.device)
+        evaluation.write_results(summaries, table=table, perceptual=perceptual)
     print(f"\n{table}\n\nresults: {args.output_dir}")
 
 
@@ -211,13 +211,17 @@ def describe_settings(
 ) -> dict[str, object]:
     """Return all that the numbers depend on; another evaluation can't go on in its folder."""
     from inpainting.checkpoints import base_hash
+    from inpainting.devices import DTYPES
     from inpainting.sampling import FILL_VERSION
 
     names = ("image_dir", "ann_file", "caption_file", "num_pictures", "hole_kinds", "num_samples",
              "scheduler", "num_inference_steps", "guidance_scale", "empty_prompt", "seed",
-             "prediction_type", "precision")  # fmt: skip
+             "prediction_type")  # fmt: skip
+    unet = loaded.base.unet
     return {
         **{name: getattr(args, name) for name in names},
+        "precision": next(name for name, dtype in DTYPES.items() if dtype == unet.dtype),
+        "device": unet.device.type,
         "image_size": image_size,
         "fill_version": FILL_VERSION,
         "base": loaded.base.name,
@@ -274,23 +278,34 @@ def sample(
         names: what the samples are called, and what they are called as diffusers' pipeline leaves
             them, with their seams; None: they aren't wanted.
         conditioning_scale: weight of the ControlNet's residuals.
+
+    Raises:
+        ValueError: so many samples don't fit into the device's memory.
     """
+    import torch
+
     from inpainting.randomness import generator
     from inpainting.sampling import draw_fills, make_working, paste
 
     rng = generator(args.seed, f"evaluation-{case.kind}", case.image_id)
     working = make_working(loaded.pipeline, image=case.given, mask=case.mask, image_size=image_size)
-    fills = draw_fills(
-        loaded.pipeline,
-        working,
-        prompt=case.prompt,
-        negative_prompt="",
-        seeds=rng.integers(2**31, size=args.num_samples).tolist(),
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        conditioning_scale=conditioning_scale,
-        strength=1.0,
-    )
+    try:
+        fills = draw_fills(
+            loaded.pipeline,
+            working,
+            prompt=case.prompt,
+            negative_prompt="",
+            seeds=rng.integers(2**31, size=args.num_samples).tolist(),
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            conditioning_scale=conditioning_scale,
+            strength=1.0,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"--num_samples must fit into the device's memory, got {args.num_samples} at "
+            f"{image_size} px: out of memory. Lower it, with another --output_dir."
+        ) from error
     return {
         name: [paste(fill, image=case.given, mask=case.mask, working=working, meets_edge=meets)
                for fill in fills]

@@ -126,7 +126,7 @@ class Evaluation:
         summaries: Mapping[str, Sequence[Summary]],
         *,
         table: str,
-        perceptual: Mapping[str, Mapping[str, Mapping[str, float]]] | None,
+        perceptual: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
     ) -> None:
         """Write results.json and results.md.
 

@@ -7,6 +7,7 @@ when they are first used.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tools.evaluation_files import Evaluation, picture_path
 
+NUM_AT_ONCE = 32  # pictures
 PACKAGES = ("torchvision", "torch_fidelity")
 
 
@@ -32,31 +34,43 @@ def check_packages() -> None:
         )
 
 
-def measure(evaluation: Evaluation) -> dict[str, dict[str, dict[str, float]]]:
-    """Return LPIPS (mean) and FID of the first samples: kind -> candidate -> metric -> value."""
+def measure(
+    evaluation: Evaluation, *, device: torch.device
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return LPIPS (mean) and FID of the first samples: kind -> candidate -> metric -> value.
+
+    A single picture has no FID.
+    """
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     result: dict[str, dict[str, dict[str, float]]] = {}
     for kind in dict.fromkeys(score.kind for score in evaluation.scores):
-        truth = _read(evaluation, kind=kind, name="truth")
+        ids = evaluation.image_ids(kind)
         result[kind] = {}
         for name in evaluation.candidates:
-            filled = _read(evaluation, kind=kind, name=name)
-            lpips = LearnedPerceptualImagePatchSimilarity(normalize=True)
-            lpips.update(filled.float() / 255, truth.float() / 255)
-            fid = FrechetInceptionDistance()
-            fid.update(truth, real=True)
-            fid.update(filled, real=False)
-            result[kind][name] = {"lpips": float(lpips.compute()), "fid": float(fid.compute())}
+            lpips = LearnedPerceptualImagePatchSimilarity(normalize=True).to(device)
+            fid = FrechetInceptionDistance().to(device)
+            for start in range(0, len(ids), NUM_AT_ONCE):
+                few = ids[start : start + NUM_AT_ONCE]
+                truth, filled = (
+                    _read(evaluation, kind=kind, image_ids=few, name=source).to(device)
+                    for source in ("truth", name)
+                )
+                lpips.update(filled.float() / 255, truth.float() / 255)
+                fid.update(truth, real=True)
+                fid.update(filled, real=False)
+            result[kind][name] = {"lpips": float(lpips.compute())}
+            if len(ids) > 1:
+                result[kind][name]["fid"] = float(fid.compute())
     return result
 
 
-def _read(evaluation: Evaluation, *, kind: str, name: str) -> Tensor:
-    """Return all pictures of one name, (N, 3, H, W) uint8."""
+def _read(evaluation: Evaluation, *, kind: str, image_ids: Sequence[int], name: str) -> Tensor:
+    """Return the pictures of one name, (N, 3, H, W) uint8."""
     paths = [
         picture_path(evaluation.folder, kind, image_id=image_id, name=name)
-        for image_id in evaluation.image_ids(kind)
+        for image_id in image_ids
     ]
     pictures = np.stack([np.asarray(Image.open(path)) for path in paths])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2)

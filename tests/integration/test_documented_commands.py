@@ -124,10 +124,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     scenes = write_scenes(folder / "scenes", num_scenes=40, size=72, seed=3)
     coco = folder / "data" / "coco"
     (coco / "annotations").mkdir(parents=True)
-    (scenes / "images").rename(coco / "train2017")
-    for kind in ("instances", "captions"):
-        source = scenes / "annotations" / f"{kind}.json"
-        source.rename(coco / "annotations" / f"{kind}_train2017.json")
+    for split in ("train2017", "val2017"):
+        shutil.copytree(scenes / "images", coco / split)
+        for kind in ("instances", "captions"):
+            source = scenes / "annotations" / f"{kind}.json"
+            shutil.copy(source, coco / "annotations" / f"{kind}_{split}.json")
     weights = folder / "weights"
     base = write_random_base(weights / "stable-diffusion-v1-5")
     sd2 = write_random_base(weights / "stable-diffusion-2-1", prediction_type="v_prediction")

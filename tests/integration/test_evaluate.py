@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchmetrics.image import fid, lpip
 
 from demo.random_base import write_random_base
 from demo.scenes import write_scenes
@@ -15,7 +17,7 @@ from inpainting.benchmark_holes import HOLE_KINDS, draw_benchmark_hole
 from inpainting.images import read_image
 from inpainting.sampling import FILL_VERSION
 from model import build_controlnet, load_base
-from tools import evaluate
+from tools import evaluate, perceptual
 
 SIZE_PX = 64
 CANDIDATES = [
@@ -147,6 +149,69 @@ def test_what_cannot_work_is_one_line(
     assert evaluate.main(command(place, tmp_path, *flags)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert message in line
+
+
+def test_samples_that_fit_into_no_memory_are_one_line(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def draw(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("inpainting.sampling.draw_fills", draw)
+    assert evaluate.main(command(place, tmp_path)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--num_samples must fit into the device's memory, got 2 at 64 px" in line
+
+
+def test_the_settings_name_the_device_and_the_precision_that_were_taken(
+    place: Path, tmp_path: Path
+) -> None:
+    flags = ("--hole_kinds", "thick", "--num_pictures", "1", "--precision", "auto")
+    assert evaluate.main(command(place, tmp_path, *flags)) == 0
+    settings = json.loads((tmp_path / "settings.json").read_text("utf-8"))
+    assert (settings["device"], settings["precision"]) == ("cpu", "32")
+
+
+class CountingMetric:
+    """Stands in for torchmetrics' LPIPS and FID, whose networks would be fetched."""
+
+    sizes: ClassVar[list[int]] = []
+
+    def __init__(self, **_: object) -> None:
+        self.count = 0
+
+    def to(self, device: torch.device) -> CountingMetric:
+        return self
+
+    def update(self, pictures: torch.Tensor, *_: object, **__: object) -> None:
+        self.sizes.append(len(pictures))
+        self.count += len(pictures)
+
+    def compute(self) -> float:
+        return self.count
+
+
+@pytest.mark.parametrize("num_pictures", [1, 3])
+def test_perceptual_metrics_take_a_few_pictures_at_once(
+    num_pictures: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CountingMetric, "sizes", [])
+    monkeypatch.setattr(perceptual, "PACKAGES", ())
+    monkeypatch.setattr(perceptual, "NUM_AT_ONCE", 2)
+    monkeypatch.setattr(lpip, "LearnedPerceptualImagePatchSimilarity", CountingMetric)
+    monkeypatch.setattr(fid, "FrechetInceptionDistance", CountingMetric)
+    flags = ("--hole_kinds", "thick", "--num_pictures", str(num_pictures), "--perceptual")
+
+    assert evaluate.main(command(place, tmp_path, *flags)) == 0
+    found = json.loads((tmp_path / "results.json").read_text("utf-8"))["perceptual"]["thick"]
+    expected = {"lpips": num_pictures, "fid": 2 * num_pictures}  # the truth's too
+    if num_pictures == 1:
+        del expected["fid"]  # a distance between two clouds of one point
+    assert found == dict.fromkeys(CANDIDATES, expected)
+    assert set(CountingMetric.sizes) == {1, 2}.intersection({num_pictures, 1, num_pictures - 1})
 
 
 def test_a_second_controlnet_is_measured_beside_the_first(place: Path, tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 import infer
+import pipeline
 from demo.defaults import BASE_DIR
 from demo.random_base import write_random_base
 from inpainting.checkpoints import base_hash, write_final_model
+from inpainting.flags import DEFAULT_BASE
 from inpainting.images import read_image, read_mask
 from inpainting.infer_flags import build_parser
 from inpainting.pairs import GAP_PX, find_jobs
@@ -224,6 +226,57 @@ def test_one_bad_mask_does_not_stop_a_folder(
     assert (pair[0].parent / "out" / "b_inpainted.png").is_file()
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), FloatingPointError("NaN")])
+def test_one_picture_that_the_networks_fail_on_does_not_stop_a_folder(
+    error: Exception,
+    run_dir: Path,
+    pair: tuple[Path, Path],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, masks = pair[0].parent / "images", pair[0].parent / "masks"
+    for folder, file in zip((images, masks), pair, strict=True):
+        folder.mkdir()
+        for name in ("a.png", "b.png"):
+            shutil.copy(file, folder / name)
+    fill, errors = infer.fill, [error]
+
+    def fail_once(*args: Any, **kwargs: Any) -> list[np.ndarray]:
+        if errors:
+            raise errors.pop()
+        return fill(*args, **kwargs)
+
+    monkeypatch.setattr(infer, "fill", fail_once)
+    flags = ["--input_image", str(images), "--input_mask", str(masks)]
+
+    assert infer.main(command(run_dir, pair, *flags)) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("infer.py")]
+    assert "a.png" in lines[0]
+    assert lines[1:] == ["infer.py: 1 of 2 pairs failed, see above."]
+    out = pair[0].parent / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["b_comparison.png", "b_inpainted.png"]
+
+
+def test_a_full_disk_ends_a_folder_at_once(
+    run_dir: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def write(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("inpainting.pairs.write_results", write)
+    assert infer.main(command(run_dir, pair)) == 1
+    assert "No space left on device" in error_line(capfd)
+
+
+def test_words_that_the_text_encoder_will_not_read_are_told(
+    run_dir: Path, pair: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert infer.main(command(run_dir, pair, "--prompt", "a " * 76)) == 0
+    line = error_line(capfd)
+    assert "--prompt has 78 tokens: what comes after the first 77 is not read." in line
+
+
 # Which base
 
 
@@ -246,6 +299,23 @@ def test_the_record_and_the_run_say_which_base(
     flags += ["--pretrained_model_name_or_path", str(base_dir)]
     assert infer.main(command(run_dir, pair, *flags)) == 0
     assert np.array_equal(read_result(pair), expected)
+
+
+def test_a_lone_file_of_the_default_bases_width_is_taken_for_its(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Older trainers recorded nothing, and knew no other base."""
+
+    def find(width: int) -> tuple[str, str | None]:
+        weights = {pipeline.TEXT_READER: torch.zeros(320, width)}
+        return pipeline.find_base("old.pth", weights=weights, record=None, demo_base=BASE_DIR)
+
+    assert find(768) == (DEFAULT_BASE, None)
+    assert f"old.pth doesn't say which base it was trained with: taking {DEFAULT_BASE}" in (
+        caplog.text
+    )
+    with pytest.raises(ValueError, match=r"old\.pth must come with a record of its base"):
+        find(1024)
 
 
 def test_a_base_known_by_name_alone_is_asked_for(

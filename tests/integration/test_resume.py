@@ -11,7 +11,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -246,7 +246,22 @@ def test_a_signal_stops_after_the_step_and_the_printed_flag_goes_on(
     assert_same_run(straight, resumed.run_dir)
 
 
-def test_ctrl_c_during_validation_stops_at_the_epochs_end(
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_signal_within_a_validation_stops_it_and_nothing_is_lost(
+    step: int, straight: Path, flags: list[str], output_dir: Path
+) -> None:
+    """The sanity check is one step of validation."""
+    validates = "lightning_module:InpaintingControlNet.validation_step"
+    deaths = [Death(validates, 1 + step, signum=signal.SIGTERM)]
+    stopped = run([*flags, *STATEFUL], output_dir=output_dir, deaths=deaths)
+    assert stopped.code == 143, stopped.output
+    assert "saved at step 4" in stopped.output
+    resumed = run([*flags, *STATEFUL, *RESUME], output_dir=output_dir)
+    assert resumed.code == 0, resumed.output
+    assert_same_run(straight, resumed.run_dir)
+
+
+def test_ctrl_c_after_the_validations_pictures_stops_at_the_epochs_end(
     straight: Path, flags: list[str], output_dir: Path
 ) -> None:
     ctrl_c = Death(PICTURE, signum=signal.SIGINT)
@@ -256,6 +271,26 @@ def test_ctrl_c_during_validation_stops_at_the_epochs_end(
     resumed = run([*flags, *STATEFUL, *RESUME], output_dir=output_dir)
     assert resumed.code == 0, resumed.output
     assert_same_run(straight, resumed.run_dir)
+
+
+@pytest.mark.parametrize(("earlier", "now"), [("1", "2"), ("2", "1")])
+def test_the_schedule_keeps_its_place_in_the_epochs_with_another_batch_size(
+    earlier: str, now: str, flags: list[str], tmp_path: Path
+) -> None:
+    """Counted in steps, it would be over already, or far from its end."""
+    command = [*flags, "--num_epochs", "4", "--lr_scheduler", "cosine", "--log_every_n_steps", "1"]
+    steps = 10 // int(earlier)  # of an epoch; the third one has begun
+    death = Death("lightning_module:InpaintingControlNet.training_step", 2 * steps + 2)
+    killed = run([*command, "--batch_size", earlier], output_dir=tmp_path / "o", deaths=[death])
+    assert killed.code == -signal.SIGKILL, killed.output
+    resumed = run([*command, "--batch_size", now, *RESUME], output_dir=tmp_path / "o")
+    assert resumed.code == 0, resumed.output
+    rates = list(read_curves(resumed.run_dir)["train/lr"].values())
+    before, after = rates[: 2 * steps], rates[2 * steps :]
+    assert len(after) == 2 * 10 // int(now)
+    assert all(a > b for a, b in pairwise(rates)), rates
+    assert after[0] == pytest.approx(before[-1], rel=0.6), "half of the way is left"
+    assert after[-1] < 0.05 * rates[0], "it ends at its end"
 
 
 def test_a_ranking_by_the_fills_goes_on_as_if_nothing_had_happened(

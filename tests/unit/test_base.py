@@ -178,6 +178,9 @@ def test_a_single_file_takes_its_configurations_from_base_config(folder, tmp_pat
     assert (config.name, config.single_file) == ("sd.safetensors", path)
     assert config.config_dir == folder
     assert "Name their folder or hub id with --base_config" in refusal(path)
+    link = tmp_path / "named.safetensors"  # as in the hub's cache
+    link.symlink_to(path.rename(tmp_path / "0123abcd"))
+    assert read_base_config(str(link), base_config=str(folder)).name == "named.safetensors"
 
 
 def test_a_single_files_missing_base_config_is_named_by_its_own_flag(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,35 @@ def test_a_folder_whose_weights_dont_fit_is_refused_in_one_line(folder, part, fa
         load_base(str(folder))
     assert fault in ("truncated", "absent") or name in str(error.value)
     one_line(error)
+
+
+def test_a_folder_with_nothing_but_the_fp16_form_is_read(folder) -> None:
+    for part, name in WEIGHT_FILES.items():
+        path = folder / part / name
+        halves = {key: tensor.half() for key, tensor in load_file(path).items()}
+        save_file(halves, path.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+    expected = load_base(str(folder))
+    rounded = {part: getattr(expected, part).half().float() for part in BASE_PARTS}
+    for part, name in WEIGHT_FILES.items():
+        (folder / part / name).unlink()
+    assert_same_networks(load_base(str(folder)), replace(expected, **rounded))
+
+
+def test_pickles_beside_safetensors_are_not_asked_for(folder) -> None:
+    """Who clones a base's repository for its safetensors alone has pointers in their place."""
+    expected = load_base(str(folder))
+    for part, name in WEIGHT_FILES.items():
+        name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+        (folder / part / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert_same_networks(load_base(str(folder)), expected)
+
+
+def test_a_safetensors_of_another_name_doesnt_let_a_pickle_through(folder) -> None:
+    path = folder / "unet" / WEIGHT_FILES["unet"]
+    path.rename(path.with_name("another.safetensors"))
+    torch.save({}, path.with_suffix(".bin"))
+    with pytest.raises(ValueError, match="the base my-base must hold the weights that"):
+        load_base(str(folder))
 
 
 def test_a_tokenizer_that_doesnt_belong_to_the_text_encoder_is_refused(folder) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 
 from inpainting.atomic import replace_atomically, write_text_atomically
 from inpainting.preflight import MONITORS
-from inpainting.runs import lock_run_dir
+from inpainting.runs import STOP_SIGNALS, lock_run_dir
 from lightning_checkpoints import (
     AtomicCheckpointIO,
     KeepRunFolder,
@@ -97,6 +99,9 @@ class Line(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         return (self.weight - batch.mean()).square().mean()
 
+    def validation_step(self, batch, batch_idx) -> None:
+        pass
+
     def on_train_epoch_end(self) -> None:
         for name in MONITORS:
             self.log(name, torch.tensor(1.0 / (1 + self.current_epoch)))
@@ -119,6 +124,17 @@ class SavedSteps(AtomicCheckpointIO):
         return [step for saved, step in self.steps if saved == name]
 
 
+class SignalInValidation(pl.Callback):
+    """Sends this process a signal within a validation batch, after the sanity check."""
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if not trainer.sanity_checking and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        assert trainer.sanity_checking or batch_idx <= 1, "it should have stopped"
+
+
 class SignalAt(pl.Callback):
     """Sends this process a signal within a step."""
 
@@ -132,7 +148,7 @@ class SignalAt(pl.Callback):
 
 @pytest.fixture
 def restored_signals():
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
     yield
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
@@ -149,6 +165,7 @@ def fit(
     every_n_steps: int = 4,
     accumulate: int = 1,
     max_steps: int = -1,
+    num_val_batches: int = 0,
     extra: tuple[pl.Callback, ...] = (),
     named: NamedCheckpoint | None = None,
 ) -> SavedSteps:
@@ -172,7 +189,12 @@ def fit(
         ],
     )
     fit.io = io  # type: ignore[attr-defined]
-    trainer.fit(Line(), torch.utils.data.DataLoader(torch.arange(float(num_batches))))
+    loaders = [
+        torch.utils.data.DataLoader(torch.arange(float(count)))
+        for count in (num_batches, num_val_batches)
+        if count
+    ]
+    trainer.fit(Line(), *loaders)
     return io
 
 
@@ -192,7 +214,65 @@ def test_last_is_saved_where_max_steps_cuts_an_epoch(tmp_path) -> None:
     assert (checkpoint["global_step"], checkpoint["epoch"]) == (3, 0)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("accumulate", "num_batches", "steps"), [(1, 6, [0, 5, 6]), (2, 7, [0, 3, 4]), (2, 2, [0, 1])]
+)
+def test_the_step_before_a_validation_is_saved_too(
+    tmp_path, accumulate, num_batches, steps
+) -> None:
+    io = fit(
+        tmp_path, accumulate=accumulate, num_batches=num_batches, num_val_batches=2, num_epochs=1,
+        every_n_steps=100,
+    )  # fmt: skip
+    assert io.of("last.ckpt") == steps
+
+
+def test_a_signal_within_a_validation_stops_before_its_end(tmp_path) -> None:
+    with pytest.raises(StoppedBySignal) as stopped:
+        fit(tmp_path, every_n_steps=100, num_val_batches=4, extra=(SignalInValidation(),))
+    assert (stopped.value.signum, stopped.value.step) == (signal.SIGTERM, 5)
+    assert fit.io.of("last.ckpt") == [0, 5]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "seconds", "ends"),
+    [
+        ("SIGINT", "SIGINT", 0, True),
+        ("SIGTERM", "SIGTERM", 0, False),
+        ("SIGTERM", "SIGTERM", 6, True),
+        ("SIGUSR1", "SIGTERM", 0, False),
+        ("SIGUSR1", "SIGTERM", 120, True),
+        ("SIGINT", "SIGTERM", 0, False),
+    ],
+)
+def test_a_signal_that_comes_twice_is_one_unless_somebody_waited(
+    first, second, seconds, ends, monkeypatch
+) -> None:
+    now, codes = [100.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "_exit", codes.append)
+    stop = StopOnSignal()
+    stop._handle(signal.Signals[first], None)
+    now[0] += seconds
+    stop._handle(signal.Signals[second], None)
+    assert codes == ([128 + signal.Signals[second]] if ends else [])
+    assert stop._own == signal.Signals[first]
+
+
+def test_what_another_rank_got_does_not_make_the_own_signal_a_second_one(monkeypatch) -> None:
+    """The ranks' signals arrive one after the other: this one was in the midst of saving."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(dist, "all_reduce", lambda flag, **_: flag.fill_(signal.SIGTERM))
+    stop = StopOnSignal()
+    stop._group = object()  # type: ignore[assignment]
+    assert stop.is_requested(pl.Trainer(logger=False))
+    assert stop.signum == signal.SIGTERM
+    stop._handle(signal.SIGTERM, None)
+    assert not codes
+
+
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
 def test_a_signal_ends_the_step_saves_and_stops(tmp_path, signum) -> None:
     with pytest.raises(StoppedBySignal) as stopped:
         fit(tmp_path, every_n_steps=100, extra=(SignalAt(2, signum),))

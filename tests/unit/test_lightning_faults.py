@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import re
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,8 @@ from inpainting.finite import NotFiniteError
 from lightning_faults import (
     SYSTEM_ERRNOS,
     EndTogether,
+    OtherStartError,
+    StartTogether,
     explain,
     is_lost_process,
     leave_lost_workers_to_the_loader,
@@ -138,3 +142,30 @@ def test_another_process_is_explained_only_where_it_could_not_speak(
     assert caught.value.code == code
     assert len(caplog.messages) == (line is not None)
     assert line is None or re.search(line, caplog.messages[0])
+
+
+@pytest.mark.parametrize("name", ["data", "checkpoint"])
+def test_a_process_that_starts_from_something_else_is_refused(name) -> None:
+    start = {"data": "0123", "checkpoint": "run/checkpoints/last.ckpt"}
+    firsts = start | {name: "another"}
+    strategy = SimpleNamespace(broadcast=lambda _: firsts)
+    trainer: Any = SimpleNamespace(strategy=strategy, global_rank=3)
+    module: Any = None
+    with pytest.raises(OtherStartError, match=f"the same {name}, got .* in process 3 and another"):
+        StartTogether(start).setup(trainer, module, "fit")
+    StartTogether(firsts).setup(trainer, module, "fit")
+
+
+def test_lightnings_own_processes_take_the_first_ones_checkpoint(tmp_path, monkeypatch) -> None:
+    """Another run may have saved since: it is the newest one then."""
+    args = argparse.Namespace(resume_from_checkpoint="last", output_dir=str(tmp_path))
+    paths = [tmp_path / "first.ckpt", tmp_path / "newer.ckpt"]
+    monkeypatch.setattr(train_lightning, "find_checkpoint", lambda *_, **__: paths[0])
+    monkeypatch.delenv(train_lightning.CHECKPOINT_VARIABLE, raising=False)
+    monkeypatch.setenv(train_lightning.CHECKPOINT_VARIABLE, "that of an earlier start")
+    assert train_lightning._find_checkpoint(args) == paths[0]
+    paths.pop(0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert train_lightning._find_checkpoint(args) == tmp_path / "first.ckpt"
+    monkeypatch.delenv(train_lightning.CHECKPOINT_VARIABLE)  # torchrun's processes inherit nothing
+    assert train_lightning._find_checkpoint(args) == tmp_path / "newer.ckpt"

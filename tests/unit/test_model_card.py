@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers import StableDiffusionControlNetInpaintPipeline
 from PIL import Image
 
 from demo.random_base import write_random_base
 from inpainting.checkpoints import write_final_model
+from inpainting.holes import cover_cells
 from inpainting.model_card import format_model_card
 from tests.final_model import make_controlnet, make_record
 
@@ -35,10 +39,18 @@ def test_the_cards_program_runs_as_it_stands(
     )
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     mask = np.zeros((64, 64), np.uint8)
-    mask[16:40, 20:50] = 255
+    mask[17:40, 21:50] = 255  # no edge is a latent cell's
     Image.fromarray(pixels).save(tmp_path / "image.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
     monkeypatch.chdir(tmp_path)
+    pipeline_class, calls = StableDiffusionControlNetInpaintPipeline, []
+
+    def fill(self: object, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return call(self, **kwargs)
+
+    call = pipeline_class.__call__
+    monkeypatch.setattr(pipeline_class, "__call__", fill)
 
     variables: dict = {}
     exec(snippet_of(Path("final_model/README.md").read_text()), variables)
@@ -48,6 +60,10 @@ def test_the_cards_program_runs_as_it_stands(
     known = pixels[mask == 0].astype(np.float32) / 255
     assert np.array_equal(control_image[mask == 0], known)
     assert variables["pipe"].scheduler.config.prediction_type == prediction_type
+    assert variables["pipe"].scheduler.config.timestep_spacing == "trailing"
+    assert calls[0]["controlnet_conditioning_scale"] == 1.0
+    filled = cover_cells(torch.from_numpy(mask // 255)[None, None], stride=stride)
+    assert np.array_equal(np.asarray(calls[0]["mask_image"]), filled[0, 0].bool().numpy())
     result = np.asarray(Image.open("inpainted.png"))
     assert np.array_equal(result[mask == 0], pixels[mask == 0])
     assert not np.array_equal(result[mask == 255], pixels[mask == 255])

@@ -292,6 +292,7 @@ def machine(monkeypatch):
         ((7, 5), "", ("gpu", -1, "16-mixed")),
         ((7, 5), "--accelerator cpu", ("cpu", 1, "32")),
         ((8, 6), "--precision 32 --devices 1", ("gpu", 1, "32")),
+        ((8, 6), "--precision 32 --devices 3,", ("gpu", [3], "32")),
         ((8, 6), "--strategy deepspeed", ("gpu", -1, "bf16-mixed")),
     ],
 )

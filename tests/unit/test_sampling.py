@@ -290,6 +290,37 @@ def test_networks_may_differ_in_dtype(
         assert np.abs(result - full)[mask == 1].mean() < 20
 
 
+@pytest.mark.parametrize("name", sampling.SCHEDULERS)
+def test_between_the_steps_of_16_bit_networks_everything_is_in_float32(
+    name: str,
+    parts: dict[str, Any],
+    noise_scheduler: DDPMScheduler,
+    image: np.ndarray,
+    mask: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = sampling.make_scheduler(name, noise_scheduler)
+    pipeline = sampling.make_pipeline(**parts, scheduler=scheduler)
+    dtypes, take_step = set(), scheduler.step
+
+    def step(model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
+        result = take_step(model_output, timestep, sample, **kwargs)
+        dtypes.update({model_output.dtype, sample.dtype, result[0].dtype})
+        return result
+
+    monkeypatch.setattr(scheduler, "step", step)
+    for network in (pipeline.unet, pipeline.controlnet):
+        network.to(torch.bfloat16)
+    try:
+        inpaint(pipeline, image=image, mask=mask)
+    finally:
+        for network in (pipeline.unet, pipeline.controlnet):
+            network.to(torch.float32)
+
+    assert dtypes == {torch.float32}
+    assert not pipeline.unet._forward_hooks, "training goes on with this UNet"
+
+
 def test_vae_stays_out_of_autocast(
     pipeline: sampling.InpaintPipeline, image: np.ndarray, mask: np.ndarray
 ) -> None:
