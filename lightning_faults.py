@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -84,6 +85,19 @@ def leave_lost_workers_to_the_loader() -> None:
             hook(dropped)
 
     sys.unraisablehook = say
+
+
+def end_workers() -> None:
+    """Kill the loader processes that are left, for which Python would wait for ever.
+
+    They leave signals to the run; and where that ends within a validation, Lightning tells
+    training's own nothing.
+    """
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+    for worker in workers:
+        worker.kill()
 
 
 def is_lost_process(error: BaseException) -> bool:

@@ -63,7 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.check:
             return check(args)
         run = prepare(args)
-        return 0 if run is None else train(run)
+        if run is None:
+            return 0
+        from lightning_faults import end_workers
+
+        try:
+            return train(run)
+        finally:
+            end_workers()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

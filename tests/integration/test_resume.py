@@ -246,17 +246,18 @@ def test_a_signal_stops_after_the_step_and_the_printed_flag_goes_on(
     assert_same_run(straight, resumed.run_dir)
 
 
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize(("step", "num_workers"), [(1, 2), (2, 0)])
 def test_a_signal_within_a_validation_stops_it_and_nothing_is_lost(
-    step: int, straight: Path, flags: list[str], output_dir: Path
+    step: int, num_workers: int, straight: Path, flags: list[str], output_dir: Path
 ) -> None:
     """The sanity check is one step of validation."""
     validates = "lightning_module:InpaintingControlNet.validation_step"
     deaths = [Death(validates, 1 + step, signum=signal.SIGTERM)]
-    stopped = run([*flags, *STATEFUL], output_dir=output_dir, deaths=deaths)
+    command = [*flags, *STATEFUL, "--num_workers", str(num_workers)]
+    stopped = run(command, output_dir=output_dir, deaths=deaths)
     assert stopped.code == 143, stopped.output
     assert "saved at step 4" in stopped.output
-    resumed = run([*flags, *STATEFUL, *RESUME], output_dir=output_dir)
+    resumed = run([*command, *RESUME], output_dir=output_dir)
     assert resumed.code == 0, resumed.output
     assert_same_run(straight, resumed.run_dir)
 
