@@ -205,8 +205,12 @@ class LastCheckpoint(Checkpoint):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object
     ) -> None:
-        """Stop where a signal asked for it: who sent it may not wait until all are validated."""
-        if not trainer.sanity_checking and self.stop.is_requested(trainer):
+        """Stop where a signal asked for it: who sent it may not wait until all are validated.
+
+        Not where max_steps cut the epoch: a resume would have no step left, and not validate.
+        """
+        will_be_validated = trainer.global_step != self._saved_step
+        if not trainer.sanity_checking and will_be_validated and self.stop.is_requested(trainer):
             raise StoppedBySignal(self.stop.signum, step=self._saved_step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -146,7 +146,7 @@ def build_trainer(
         logger=RunLogger(run_dir, name="", version="", purge_step=purge_step),
         callbacks=callbacks,
         plugins=build_plugins(args),
-        # Lightning starts from any hpc_ckpt_1.ckpt that it finds there.
+        # Not the working folder: Lightning would start from an hpc_ckpt_1.ckpt that it finds there.
         default_root_dir=run_dir,
         profiler=_build_profiler(args.profiler if is_first_process() else None, run_dir=run_dir),
         num_sanity_val_steps=1,

@@ -131,8 +131,11 @@ class SignalInValidation(pl.Callback):
         if not trainer.sanity_checking and batch_idx == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def on_validation_start(self, trainer, pl_module) -> None:
+        self.num_validated = 0
+
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        assert trainer.sanity_checking or batch_idx <= 1, "it should have stopped"
+        self.num_validated += 1
 
 
 class SignalAt(pl.Callback):
@@ -228,10 +231,19 @@ def test_the_step_before_a_validation_is_saved_too(
 
 
 def test_a_signal_within_a_validation_stops_before_its_end(tmp_path) -> None:
+    in_validation = SignalInValidation()
     with pytest.raises(StoppedBySignal) as stopped:
-        fit(tmp_path, every_n_steps=100, num_val_batches=4, extra=(SignalInValidation(),))
+        fit(tmp_path, every_n_steps=100, num_val_batches=4, extra=(in_validation,))
     assert (stopped.value.signum, stopped.value.step) == (signal.SIGTERM, 5)
     assert fit.io.of("last.ckpt") == [0, 5]  # type: ignore[attr-defined]
+    assert in_validation.num_validated == 2
+
+
+def test_the_validation_that_max_steps_leads_to_is_not_stopped(tmp_path) -> None:
+    """A resume would find no step to take, and end without it."""
+    in_validation = SignalInValidation()
+    fit(tmp_path, max_steps=3, every_n_steps=100, num_val_batches=4, extra=(in_validation,))
+    assert in_validation.num_validated == 4
 
 
 @pytest.mark.parametrize(
