@@ -28,7 +28,7 @@ LAST_NAME = "last.ckpt"
 
 
 class StoppedBySignal(Exception):
-    """Raised on every rank once the state is saved.
+    """Raised on every rank where a run stops, to go on from what is saved.
 
     Attributes:
         signum: one of STOP_SIGNALS.
@@ -307,7 +307,7 @@ class StopOnSignal(pl.Callback):
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._own is None:
             self._own, self._own_time = signum, time.monotonic()
-            os.write(2, b"\nstopping after this step, then saving; once more to stop at once\n")
+            os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
             return
         is_second_ctrl_c = self._own == signum == signal.SIGINT
         if is_second_ctrl_c or time.monotonic() - self._own_time >= self.SECOND_AFTER_S:

@@ -88,10 +88,10 @@ def leave_lost_workers_to_the_loader() -> None:
 
 
 def end_workers() -> None:
-    """Kill the loader processes that are left, for which Python would wait for ever.
+    """Kill the loader processes that are left: at its end Python would wait for them for ever.
 
-    They leave signals to the run; and where that ends within a validation, Lightning tells
-    training's own nothing.
+    It asks them by SIGTERM, which they leave to the run. Lightning has ended them by now, but not
+    those of training where a run stops or fails within a validation.
     """
     workers = [process for process in multiprocessing.active_children() if process.daemon]
     if workers:

@@ -26,7 +26,7 @@ from inpainting.diffusion import (
 )
 from inpainting.finite import FiniteSteps
 from inpainting.latents import NO_SLOT, MomentsCache, Slot
-from inpainting.optimizers import build_adamw, set_rates
+from inpainting.optimizers import build_adamw, moved_step, set_rates
 from inpainting.validation import losses_by_place, summarize_losses
 from model import Base, predict_noise
 
@@ -166,9 +166,13 @@ class InpaintingControlNet(pl.LightningModule):
         schedule = cast(LambdaLR, config.scheduler)
         steps, earlier = self._steps_per_epoch, self._earlier_steps_per_epoch
         is_counted_in_epochs = self.num_training_steps == self.trainer.max_epochs * steps  # type: ignore[operator]
-        if earlier and earlier != steps and is_counted_in_epochs:
-            # Other devices or batches: as many epochs are done, of another number of steps.
-            schedule.last_epoch = round(schedule.last_epoch * steps / earlier)
+        if earlier and is_counted_in_epochs:
+            schedule.last_epoch = moved_step(
+                schedule.last_epoch,
+                steps_per_epoch=steps,
+                earlier_steps_per_epoch=earlier,
+                num_warmup_steps=self.lr_warmup_steps,
+            )
         set_rates(
             optimizer,
             schedule=schedule,

@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return train(run)
         finally:
+            _end_at_once_on_a_signal()  # Lightning has put back what it found
             end_workers()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -253,9 +254,9 @@ def train(run: Run) -> int:
     from lightning_faults import OtherStartError, end_others, leave_lost_workers_to_the_loader
 
     leave_lost_workers_to_the_loader()
-    if run.args.find_lr:
-        return _find_lr(run)
     try:
+        if run.args.find_lr:
+            return _find_lr(run)
         run.trainer.fit(
             run.module,
             datamodule=run.datamodule,

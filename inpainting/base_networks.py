@@ -79,20 +79,23 @@ def _load_folder(config: BaseConfig, dtype: torch.dtype) -> Networks:
 
 
 def _choose_files(folder: Path) -> dict[str, Any]:
-    """Return what tells the libraries which files of a network to read: safetensors where it can.
+    """Return what tells the libraries which files of a network to read.
 
-    Many people fetch a base in its "fp16" form alone.
+    Safetensors where there are some, then pickles, then the "fp16" form, which many people fetch
+    alone.
 
     Raises:
-        ValueError: a pickle that they would read holds more than weights.
+        ValueError: a pickle holds more than weights.
     """
-    names = [path.name for path in folder.glob("*.safetensors")]
-    if not names:
-        for path in folder.glob("*.bin"):
-            read_weight_file(path)  # mapped; the libraries' own refusals differ
-        return {}
-    is_half = all(".fp16." in name for name in names)
-    return {"use_safetensors": True, "variant": "fp16" if is_half else None}
+    if any("." not in path.stem for path in folder.glob("*.safetensors")):
+        return {"use_safetensors": True}
+    pickles = list(folder.glob("*.bin"))
+    is_whole = any("." not in path.stem for path in pickles)
+    if not is_whole and any(folder.glob("*.fp16.safetensors")):
+        return {"use_safetensors": True, "variant": "fp16"}
+    for path in pickles:
+        read_weight_file(path)  # mapped; the libraries' own refusals differ
+    return {}
 
 
 def _load_from_hub(hub_id: str, dtype: torch.dtype) -> Any:

@@ -1,4 +1,4 @@
-"""AdamW in its kinds: fused, in 8 bits, offloaded; and new rates for one that was resumed."""
+"""AdamW in its kinds; rates and place in the schedule of one that was resumed."""
 
 from __future__ import annotations
 
@@ -44,6 +44,24 @@ def build_adamw(
 
         return AdamW8bit(parameters, **settings)
     return torch.optim.AdamW(parameters, **settings, fused=is_fused)
+
+
+def moved_step(
+    step: int, *, steps_per_epoch: int, earlier_steps_per_epoch: int, num_warmup_steps: int
+) -> int:
+    """Return a schedule's step where an epoch has another number of them than it had.
+
+    As many epochs are done as were. The warm-up is counted in steps, and not repeated.
+
+    Args:
+        step: of the schedule so far.
+        steps_per_epoch: from now on.
+        earlier_steps_per_epoch: so far.
+        num_warmup_steps: optimizer steps of linear warm-up.
+    """
+    if step <= num_warmup_steps:
+        return step
+    return max(round(step * steps_per_epoch / earlier_steps_per_epoch), num_warmup_steps)
 
 
 def set_rates(

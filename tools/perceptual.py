@@ -39,11 +39,13 @@ def measure(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Return LPIPS (mean) and FID of the first samples: kind -> candidate -> metric -> value.
 
-    A single picture has no FID.
+    A single picture has no FID. torchmetrics counts it in float64, which MPS hasn't got.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
+    if device.type == "mps":
+        device = torch.device("cpu")
     result: dict[str, dict[str, dict[str, float]]] = {}
     for kind in dict.fromkeys(score.kind for score in evaluation.scores):
         ids = evaluation.image_ids(kind)

@@ -81,6 +81,17 @@ def test_a_folder_with_nothing_but_the_fp16_form_is_read(folder) -> None:
     assert_same_networks(load_base(str(folder)), replace(expected, **rounded))
 
 
+def test_whole_pickles_go_before_the_fp16_form(folder) -> None:
+    expected = load_base(str(folder))
+    path = folder / "unet" / WEIGHT_FILES["unet"]
+    tensors = load_file(path)
+    path.unlink()
+    torch.save(tensors, path.with_suffix(".bin"))
+    halves = {key: tensor.half() for key, tensor in tensors.items()}
+    save_file(halves, path.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+    assert_same_networks(load_base(str(folder)), expected)
+
+
 def test_pickles_beside_safetensors_are_not_asked_for(folder) -> None:
     """Who clones a base's repository for its safetensors alone has pointers in their place."""
     expected = load_base(str(folder))

@@ -60,7 +60,7 @@ FROZEN_FLAGS = {
 # Flags of other programs that the guides type: tensorboard, torchrun and sbatch.
 FOREIGN_FLAGS = {
     "--logdir", "--nnodes", "--nproc_per_node", "--node_rank", "--master_addr", "--master_port",
-    "--signal",
+    "--signal", "--signals_to_handle",
 }  # fmt: skip
 
 
